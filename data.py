@@ -1,0 +1,740 @@
+"""Data for all three methods: data sets, splits, augmentation, loaders.
+
+A training batch is a pure function of (seed, step, position in the global batch): any number of
+workers or ranks, and any step to start from, gives the same pixels. Workers decode, scale, crop and
+flip, and ship uint8; the strong colour views are made batched on the device (`strong_views`).
+
+Dimension key: B images, C classes, H and W pixels, V = 2 strong views, R = 4 edges of a rectangle
+(top, left, bottom, right). Labels are class ids, 255 = ignore.
+
+    python data.py --dataset pascal --root data --download      # fetch VOC 2012 and SBD
+    python data.py --dataset folder --root my_data              # check every file, list all faults
+    python data.py --dataset shapes --preview shapes.png        # look at what the networks see
+"""
+
+import argparse
+import functools
+import hashlib
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+IGNORE = 255
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the backbones expect
+FILL = (124, 116, 104)  # padding is the mean colour: zero after normalisation, like a convolution's
+PATCH = 14  # DINOv2 encoders see the image in patches of 14 x 14
+
+VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor"
+).split()
+CITYSCAPES_CLASSES = (
+    "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky "
+    "person rider car truck bus train motorcycle bicycle"
+).split()
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+SHAPES_CLASSES = "background ringed_disk checkered_square striped_triangle dotted_star grained_cross".split()
+
+# What the field trains each data set with. `epochs` counts passes over the unlabelled images.
+_CNN = dict(backbone="resnet101", weights="imagenet", optimizer="sgd", weight_decay=1e-4, threshold=0.95)
+PRESETS = {
+    "pascal": dict(_CNN, crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10.0),
+    "folder": dict(_CNN, crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10.0),
+    "cityscapes": dict(_CNN, crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1.0)
+    | dict(threshold=0.0, sup_loss="ohem", eval_mode="slide"),
+    "shapes": dict(_CNN, backbone="resnet18", weights="none", crop_size=64, batch_size=8, epochs=10)
+    | dict(optimizer="adamw", lr=1e-3, head_lr_mult=1.0),
+}
+_VIT = dict(optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, threshold=0.95)
+DINOV2_PRESETS = {
+    "pascal": dict(_VIT, crop_size=518, batch_size=16, epochs=60),
+    "folder": dict(_VIT, crop_size=518, batch_size=16, epochs=60),
+    "cityscapes": dict(_VIT, crop_size=798, batch_size=8, epochs=180),
+    "shapes": dict(_VIT, crop_size=70, batch_size=8),
+}
+
+
+class InputError(Exception):
+    """Bad input. The message is one line that names the file, the value and the remedy."""
+
+
+def rng(seed: int, stream: str, *key: int) -> np.random.Generator:
+    """The random numbers of one place in a run: (seed, stream, e.g. step and position), no state."""
+    return np.random.default_rng((seed, zlib.crc32(stream.encode()), *key))
+
+
+# --------------------------------------------------------------------------- data sets
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image and where its mask is, if it has one. Built-in images have a number, no file."""
+
+    id: str
+    image: Path | int
+    mask: Path | None
+
+
+@dataclass
+class Source:
+    """A data set on disk (or built in) before it is split."""
+
+    name: str
+    classes: list[str]
+    root: Path
+    train: list[Item]
+    val: list[Item]
+    fine: set[str] = field(default_factory=set)  # VOC: ids with masks of VOC's own, not SBD's
+
+
+def _list(path: Path) -> list[str]:
+    return [line.strip() for line in _text(path).splitlines() if line.strip()]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: not a readable text file ({e}); give a plain list") from None
+
+
+def _pascal_root(root: Path) -> Path | None:
+    for place in (root / "VOCdevkit/VOC2012", root / "VOC2012", root):
+        if (place / "JPEGImages").is_dir() and (place / "ImageSets/Segmentation/val.txt").is_file():
+            return place
+    return None
+
+
+def _pascal(root: Path) -> Source:
+    voc = _pascal_root(root)
+    if voc is None:
+        raise InputError(
+            f"{root}: no PASCAL VOC 2012 here; looked for VOCdevkit/VOC2012/JPEGImages and "
+            f"ImageSets/Segmentation/val.txt; fetch it with: "
+            f"python data.py --dataset pascal --root {root} --download"
+        )
+    lists = voc / "ImageSets/Segmentation"
+    fine, val = set(_list(lists / "train.txt")), _list(lists / "val.txt")
+    if (lists / "trainaug.txt").is_file():
+        train = _list(lists / "trainaug.txt")
+    else:  # without that list: every mask there is, VOC's val taken out
+        train = [p.stem for p in (voc / "SegmentationClassAug").glob("*.png")]
+        train = sorted({*train, *fine} - set(val))
+
+    def item(id: str) -> Item:
+        own, sbd = (voc / d / f"{id}.png" for d in ("SegmentationClass", "SegmentationClassAug"))
+        return Item(id, voc / f"JPEGImages/{id}.jpg", own if id in fine or id in vals else sbd)
+
+    vals = set(val)
+    return Source("pascal", VOC_CLASSES, voc, [*map(item, train)], [*map(item, val)], fine)
+
+
+def _cityscapes(root: Path) -> Source:
+    def items(part: str) -> list[Item]:
+        found = []
+        for image in sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
+            stem = image.name.removesuffix("_leftImg8bit.png")
+            place = root / "gtFine" / part / image.parent.name
+            mask = place / f"{stem}_gtFine_labelTrainIds.png"
+            if not mask.is_file():  # users may have the raw ids only: mapped when read
+                mask = place / f"{stem}_gtFine_labelIds.png"
+            found.append(Item(stem, image, mask))
+        return found
+
+    source = Source("cityscapes", CITYSCAPES_CLASSES, root, items("train"), items("val"))
+    if not source.train or not source.val:
+        raise InputError(
+            f"{root}: no Cityscapes here; looked for leftImg8bit/{{train,val}}/*/*_leftImg8bit.png; fetch "
+            "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com"
+        )
+    return source
+
+
+def _folder(root: Path) -> Source:
+    classes = root / "classes.txt"
+    if not classes.is_file():
+        raise InputError(
+            f"{classes}: not found; a folder data set has train/images, train/masks, val/images, "
+            "val/masks and classes.txt with a class name a line"
+        )
+
+    def items(part: str) -> list[Item]:
+        files = sorted((root / part / "images").glob("*"))
+        files = [f for f in files if f.suffix.lower() in Image.registered_extensions()]
+        masks = {m.stem: m for m in (root / part / "masks").glob("*.png")}
+        return [Item(f.stem, f, masks.get(f.stem)) for f in files]
+
+    source = Source("folder", _list(classes), root, items("train"), items("val"))
+    for part, found in (("train", source.train), ("val", source.val)):
+        if not found:
+            raise InputError(f"{root / part / 'images'}: holds no image; put the {part} images there")
+    for item in source.val:
+        if item.mask is None:
+            raise InputError(f"{item.image}: a val image without a mask; add {root}/val/masks/{item.id}.png")
+    return source
+
+
+SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE = 512, 128, 96
+
+
+def _shapes(root: Path) -> Source:
+    train = [Item(f"train{i:03d}", i, Path("shapes")) for i in range(SHAPES_TRAIN)]
+    val = [Item(f"val{i:03d}", 10_000 + i, Path("shapes")) for i in range(SHAPES_VAL)]
+    return Source("shapes", SHAPES_CLASSES, root, train, val)
+
+
+def find_dataset(name: str | None, root: Path) -> str:
+    """The data set that a run without --dataset takes: pascal if it is under root, else shapes."""
+    return name or ("pascal" if _pascal_root(root) else "shapes")
+
+
+def load_source(name: str, root: Path) -> Source:
+    """Lists the images of a data set; opens none. InputError says what was looked for."""
+    makers = dict(pascal=_pascal, cityscapes=_cityscapes, folder=_folder, shapes=_shapes)
+    return makers[name](root)
+
+
+@functools.lru_cache(maxsize=None)
+def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a built-in image from its index alone: ([96, 96, 3] uint8, [96, 96] uint8 label).
+
+    A class is a form filled with its own texture, at any size, place, angle and colour. Background:
+    gradients, plain clutter, and distractors: the same forms plain, the same textures formless.
+    """
+    r, n = rng(0, "shapes", index), SHAPES_SIZE
+    yy, xx = np.mgrid[:n, :n].astype(np.float32)
+    label = np.zeros((n, n), np.uint8)
+    wave = sum(
+        r.uniform(10, 35, 3) * np.sin((xx * r.normal() + yy * r.normal()) / 20 + r.uniform(0, 6))[..., None]
+        for _ in range(3)
+    )
+    image = r.uniform(60, 195, 3) + wave
+
+    def form(kind: int, u: np.ndarray, v: np.ndarray, size: float) -> np.ndarray:
+        rho, theta = np.hypot(u, v), np.arctan2(v, u)
+        side = np.maximum(abs(u), abs(v))
+        return (
+            rho < size,  # disk
+            side < 0.85 * size,  # square
+            rho * np.cos((theta % (2 * np.pi / 3)) - np.pi / 3) < 0.62 * size,  # triangle
+            rho < size * (0.75 + 0.35 * np.cos(5 * theta)),  # star
+            (np.minimum(abs(u), abs(v)) < 0.36 * size) & (side < size),  # cross
+        )[kind]
+
+    def texture(kind: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        speckle = r.choice([-1, 1], (n, n))
+        k, turn = 2 * np.pi / r.uniform(6, 9), r.uniform(0, np.pi)
+        a, b = k * (u * np.cos(turn) + v * np.sin(turn)), k * (v * np.cos(turn) - u * np.sin(turn))
+        return (
+            np.sin(k * np.hypot(u, v)),  # rings
+            3 * np.sin(a) * np.sin(b),  # checkers
+            np.sin(a),  # stripes
+            np.cos(a) + np.cos(b) - 0.6,  # dots
+            speckle[(u / 3 + n).astype(int) % n, (v / 3 + n).astype(int) % n],  # grain
+        )[kind]
+
+    def paint(where: np.ndarray, ink: np.ndarray, ground: np.ndarray, tone: np.ndarray) -> None:
+        tone = np.clip(0.5 + 1.5 * tone, 0, 1)[..., None]
+        image[where] = (ground + (ink - ground) * tone)[where]
+
+    plan = ["clutter"] * r.integers(1, 4) + ["object"] * r.integers(3, 5)
+    plan += ["plain_form"] * r.integers(0, 3) + ["formless"] * r.integers(0, 2)
+    for what in (*r.permutation(plan), *["clutter"] * r.integers(0, 2)):
+        angle, size = r.uniform(0, 2 * np.pi), r.uniform(17, 30)
+        dx, dy = xx - r.uniform(0, n), yy - r.uniform(0, n)
+        u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+        kind, fill = r.integers(5, size=2)
+        ink = r.uniform(0, 140, 3)
+        ground = np.clip(ink + r.uniform(90, 160) + r.normal(0, 30, 3), 0, 255)
+        if what == "object":
+            where = form(kind, u, v, size)
+            paint(where, ink, ground, texture(kind, u, v))
+            label[where] = kind + 1
+        elif what == "plain_form":
+            where = form(kind, u, v, size)
+            paint(where, ink, ground, u / size)  # a shade, no texture
+            label[where] = 0
+        elif what == "formless":  # a texture in a thin bar
+            where = (abs(u) < 1.2 * size) & (abs(v) < 0.2 * size)
+            paint(where, ink, ground, texture(fill, u, v))
+            label[where] = 0
+        else:
+            where = (abs(u) < size * r.uniform(0.1, 1)) & (abs(v) < size * r.uniform(0.1, 0.4))
+            paint(where, ink, ground, v / size)
+            label[where] = 0
+    image = image + r.normal(0, r.uniform(2, 10), image.shape) + r.uniform(-20, 20, 3)
+    return np.clip(image, 0, 255).astype(np.uint8), label
+
+
+def read_image(item: Item) -> Image.Image:
+    """The image of an item as RGB. A file that cannot be decoded is an InputError."""
+    if isinstance(item.image, int):
+        return Image.fromarray(draw_shapes(item.image)[0])
+    try:
+        with Image.open(item.image) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"{item.image}: cannot be read as an image ({e}); replace or remove it") from None
+
+
+def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Image:
+    """The class-index mask of an item, mode L; size = (width, height) of its image.
+
+    InputError: unreadable, more than one channel, another size, a value >= num_classes that is not 255.
+    """
+    if isinstance(item.image, int):
+        return Image.fromarray(draw_shapes(item.image)[1])
+    try:
+        with Image.open(item.mask) as mask:
+            if mask.mode not in ("L", "P"):
+                raise InputError(
+                    f"{item.mask}: mode {mask.mode}, not one channel of class ids; save it as 8-bit grey or palette"
+                )
+            mask.load()
+            mask = Image.frombytes("L", mask.size, mask.tobytes())  # palette indices, not colours
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"{item.mask}: cannot be read as a mask ({e}); replace it") from None
+    if item.mask.name.endswith("_labelIds.png"):
+        train_ids = [IGNORE] * 256
+        for k, raw in enumerate(CITYSCAPES_IDS):
+            train_ids[raw] = k
+        mask = mask.point(train_ids)
+    if mask.size != size:
+        raise InputError(f"{item.mask}: {mask.size} pixels, its image has {size}; make them agree")
+    bad = [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]
+    if bad:
+        raise InputError(
+            f"{item.mask}: value {bad[0]}, but classes are 0..{num_classes - 1} and 255 is ignored; map it"
+        )
+    return mask
+
+
+# --------------------------------------------------------------------------- splits
+
+
+@dataclass
+class Split:
+    """Which images are labelled, which are not, and which are for validation."""
+
+    labeled: list[Item]
+    unlabeled: list[Item]
+    val: list[Item]
+    classes: list[str]
+    hash: str  # of the labelled and unlabelled ids
+    line: str  # says data set, protocol, counts and hash: the run's first log line
+
+
+def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Split:
+    """Labelled and unlabelled images by a fraction (1/8, full), a count (92) or a directory of lists.
+
+    Counts are rounded up, which gives the published ones (92 of 1464, 662 of 10582, 186 of 2975). Draws
+    are nested: 1/16 is part of 1/8. InputError names the value or the id that is wrong.
+    """
+    if Path(split).is_dir():
+        labeled, unlabeled = (_read_list(source, Path(split) / f"{n}labeled.txt") for n in ("", "un"))
+        said = f"lists of {split}"
+    else:
+        labeled, unlabeled = _draw(source, split, split_seed, protocol)
+        said = f"--split {split}, --split-seed {split_seed}"
+    if source.name == "pascal" and not Path(split).is_dir():
+        said = f"{protocol} protocol, {said}"
+    val_images = {item.image for item in source.val}
+    labeled_images = set()
+    for item in labeled:
+        if item.mask is None or not (isinstance(item.image, int) or item.mask.is_file()):
+            raise InputError(f"{item.id}: listed as labelled, but it has no mask ({item.mask}); add or unlist it")
+        labeled_images.add(item.image)
+    for item in (*labeled, *unlabeled):
+        if item.image in val_images:
+            raise InputError(f"{item.id}: a val image in the training lists; take it out of {split}")
+        if not (isinstance(item.image, int) or item.image.is_file()):
+            raise InputError(f"{item.id}: no such file: {item.image}; fetch it or unlist the id")
+    for item in unlabeled:
+        if item.image in labeled_images:
+            raise InputError(f"{item.id}: both labelled and unlabelled; take it out of one list of {split}")
+    ids = "\n".join([i.id for i in labeled] + ["--"] + [i.id for i in unlabeled])
+    digest = hashlib.sha256(ids.encode()).hexdigest()[:8]
+    line = (
+        f"{source.name}: {said}: {len(labeled)} labelled, {len(unlabeled)} unlabelled, "
+        f"{len(source.val)} val images, {len(source.classes)} classes, lists {digest}"
+    )
+    return Split(labeled, unlabeled, source.val, source.classes, digest, line)
+
+
+def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[Item], list[Item]]:
+    pool = sorted((i for i in source.train if i.mask), key=lambda i: i.id)
+    pool = [pool[k] for k in rng(seed, "split").permutation(len(pool))]
+    if source.fine and protocol != "blended":  # fine masks first; classic labels no others
+        pool.sort(key=lambda i: i.id not in source.fine)
+    most = len(source.fine & {i.id for i in pool}) if source.fine and protocol == "classic" else len(pool)
+    if split == "full":
+        n = most
+    elif m := re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", split):
+        n = math.ceil(most * int(m[1]) / int(m[2]))
+    elif re.fullmatch(r"\d{1,9}", split):
+        n = int(split)
+    else:
+        raise InputError(
+            f"--split {split}: neither a fraction (1/8, full), a count (92) nor a directory with "
+            "labeled.txt and unlabeled.txt"
+        )
+    if not 0 < n <= most:
+        raise InputError(f"--split {split}: {n} labelled images, but it must be 1 to {most}")
+    chosen = {i.id for i in pool[:n]}
+    rest = [i for i in source.train if i.id not in chosen]
+    return sorted(pool[:n], key=lambda i: i.id), sorted(rest, key=lambda i: i.id)
+
+
+def _read_list(source: Source, path: Path) -> list[Item]:
+    """Items of a published list: `image mask` paths relative to the root, or bare ids, one a line."""
+    known, items, seen = {i.id: i for i in (*source.train, *source.val)}, [], set()
+    for line in _list(path):
+        words = line.split()
+        for word in words:
+            if Path(word).is_absolute() or ".." in Path(word).parts or "\0" in word:
+                raise InputError(f"{path}: {word!r} leaves the data root {source.root}; use relative paths")
+        id = Path(words[0]).stem.removesuffix("_leftImg8bit")
+        if id in seen:
+            raise InputError(f"{path}: {id} is listed twice; list it once")
+        seen.add(id)
+        if "/" not in words[0]:  # a bare id
+            if id not in known and words[0] not in known:
+                raise InputError(f"{path}: {words[0]} is not in {source.name} under {source.root}; remove it")
+            items.append(known.get(words[0]) or known[id])
+            continue
+        image, mask = source.root / words[0], known[id].mask if id in known else None
+        if len(words) > 1 and (source.root / words[1]).is_file():
+            mask = source.root / words[1]  # else the data set's own, as lists merge VOC's and SBD's masks
+        items.append(Item(id, image, mask))
+    if not items:
+        raise InputError(f"{path}: an empty list; give at least one image")
+    return items
+
+
+def write_split(split: Split, root: Path, out: Path) -> None:
+    """Writes labeled.txt and unlabeled.txt: `image mask` paths relative to the root, or bare ids."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, items in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
+        lines = []
+        for i in items:
+            files = [] if isinstance(i.image, int) else [p for p in (i.image, i.mask) if p]
+            lines.append(" ".join(p.relative_to(root).as_posix() for p in files) or i.id)
+        (out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- training batches
+
+
+def weak_view(
+    image: Image.Image, mask: Image.Image | None, crop: int, r: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int, int, int]]:
+    """Random scale 0.5-2.0, crop, flip (u, and x with y, in the notes). Only the crop is resampled.
+
+    Returns [crop, crop, 3] uint8, the label [crop, crop] uint8 (None without mask; 255 = padding), and the
+    rectangle (top, left, bottom, right) that holds image, the rest being padding.
+    """
+    scale = r.uniform(0.5, 2.0)
+    w, h = (max(1, round(s * scale)) for s in image.size)
+    cw, ch = min(crop, w), min(crop, h)  # what the crop holds of the scaled image
+    left, top = r.integers(w - cw + 1), r.integers(h - ch + 1)
+    sx, sy = image.size[0] / w, image.size[1] / h
+    box = (left * sx, top * sy, min((left + cw) * sx, image.size[0]), min((top + ch) * sy, image.size[1]))
+    flip = r.random() < 0.5
+    rect = (0, crop - cw, ch, crop) if flip else (0, 0, ch, cw)
+
+    def cut(picture: Image.Image, how: Image.Resampling, fill: int | tuple) -> np.ndarray:
+        part = picture.resize((cw, ch), how, box)
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part
+        if (cw, ch) != (crop, crop):
+            part, small = Image.new(picture.mode, (crop, crop), fill), part
+            part.paste(small, (rect[1], 0))
+        return np.asarray(part)
+
+    u = cut(image, Image.Resampling.BILINEAR, FILL)
+    y = None if mask is None else cut(mask, Image.Resampling.NEAREST, IGNORE)
+    return u, y, rect
+
+
+def strong_params(r: np.random.Generator) -> list[float]:
+    """Draws one strong view: [brightness, contrast, saturation, hue, grey, blur sigma], identity where off.
+
+    Colour jitter (0.5, 0.5, 0.5, 0.25) with p 0.8, grey p 0.2, Gaussian blur sigma 0.1-2.0 p 0.5.
+    """
+    jitter = [*r.uniform(0.5, 1.5, 3), r.uniform(-0.25, 0.25)]
+    jitter = jitter if r.random() < 0.8 else [1.0, 1.0, 1.0, 0.0]
+    grey, sigma = float(r.random() < 0.2), r.uniform(0.1, 2.0)
+    return [*jitter, grey, sigma if r.random() < 0.5 else 0.0]
+
+
+def cutmix_box(crop: int, r: np.random.Generator) -> tuple[int, int, int, int]:
+    """With p 0.5 a box of 2-40 % of the crop and aspect 0.3-1/0.3, fully inside; else an empty one."""
+    if r.random() < 0.5:
+        return 0, 0, 0, 0
+    while True:
+        area, ratio = r.uniform(0.02, 0.4) * crop * crop, r.uniform(0.3, 1 / 0.3)
+        w, h = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
+        if w <= crop and h <= crop:
+            top, left = int(r.integers(crop - h + 1)), int(r.integers(crop - w + 1))
+            return top, left, top + h, left + w
+
+
+class TrainBatches(Dataset):
+    """One rank's share of the global batch of a step; the step is the index.
+
+    Item `step`: x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R]; unless labeled_only also u, u_rect
+    alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box), `order` (of the four
+    jitter ops, one for the whole global batch), `position` [b] in the global batch; x_id and u_id.
+    An InputError comes back as {"error": line}: a worker must not die in silence.
+    """
+
+    def __init__(self, split: Split, args: argparse.Namespace, rank: int = 0, world: int = 1) -> None:
+        self.split, self.seed, self.crop, self.batch = split, args.seed, args.crop_size, args.batch_size
+        self.labeled_only, self.steps = args.labeled_only, args.iters
+        share = args.batch_size // world
+        self.positions = range(rank * share, (rank + 1) * share)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def pick(self, items: list[Item], stream: str, step: int, position: int) -> Item:
+        """Epochs of shuffled images without the incomplete last batch, so a batch repeats no image."""
+        epoch, k = divmod(step, max(1, len(items) // self.batch))
+        return items[_order(self.seed, stream, epoch, len(items))[(k * self.batch + position) % len(items)]]
+
+    def __getitem__(self, step: int) -> dict:
+        try:
+            return self.load(step)
+        except InputError as e:
+            return {"error": str(e)}
+
+    def load(self, step: int) -> dict:
+        labeled = [self.pick(self.split.labeled, "labeled", step, p) for p in self.positions]
+        views = []
+        for item, p in zip(labeled, self.positions, strict=True):
+            image = read_image(item)
+            mask = read_mask(item, image.size, len(self.split.classes))
+            views.append(weak_view(image, mask, self.crop, rng(self.seed, "x", step, p)))
+        x, y, rect = zip(*views, strict=True)
+        batch = {"x": _stack(x), "y": _stack(y), "x_rect": torch.tensor(rect), "x_id": [i.id for i in labeled]}
+        if self.labeled_only:
+            return batch
+        unlabeled = [self.pick(self.split.unlabeled, "unlabeled", step, p) for p in self.positions]
+        views = [
+            weak_view(read_image(item), None, self.crop, rng(self.seed, "u", step, p))
+            for item, p in zip(unlabeled, self.positions, strict=True)
+        ]
+        u, _, rect = zip(*views, strict=True)
+        keys = [[(self.seed, f"view{v}", step, p) for p in self.positions] for v in (1, 2)]
+        boxes = [[cutmix_box(self.crop, rng(k[0], "box" + k[1], *k[2:])) for k in ks] for ks in keys]
+        return batch | {
+            "u": _stack(u),
+            "u_rect": torch.tensor(rect),
+            "u_id": [i.id for i in unlabeled],
+            "strong": torch.tensor([[strong_params(rng(*k)) for k in ks] for ks in keys], dtype=torch.float32),
+            "box": torch.tensor(boxes),
+            "order": rng(self.seed, "order", step).permutation(4).tolist(),
+            "position": torch.tensor(self.positions),
+        }
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, stream: str, epoch: int, n: int) -> np.ndarray:
+    return rng(seed, stream, epoch).permutation(n)
+
+
+def _stack(arrays: tuple[np.ndarray, ...]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
+
+
+def _loader(dataset: Dataset, sampler: list | range, workers: int, pin: bool) -> DataLoader:
+    # batch_size=None: an item is a batch already
+    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin)
+
+
+def train_batches(dataset: TrainBatches, start: int, workers: int, device: torch.device) -> Iterator[dict]:
+    """Yields the batches of steps start, start + 1, ... on the device; images as [B, 3, H, W] in [0, 1]."""
+    loader = _loader(dataset, range(start, len(dataset)), workers, device.type == "cuda")
+    for batch in loader:
+        if "error" in batch:
+            raise InputError(batch["error"])
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                batch[name] = value.to(device, non_blocking=True)
+        for name in {"x", "u"} & batch.keys():
+            batch[name] = batch[name].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
+            batch[f"{name}_valid"] = rect_mask(batch[f"{name}_rect"], dataset.crop, dataset.crop)
+        batch["y"] = batch["y"].long()
+        yield batch
+
+
+# --------------------------------------------------------------------------- on the device
+
+
+def rect_mask(rect: Tensor, height: int, width: int) -> Tensor:
+    """[B, R] rectangles (top, left, bottom, right) as [B, H, W] bool, True inside."""
+    row, col = (torch.arange(n, device=rect.device)[None] for n in (height, width))
+    top, left, bottom, right = rect[..., None].unbind(1)
+    return ((row >= top) & (row < bottom))[:, :, None] & ((col >= left) & (col < right))[:, None]
+
+
+def normalize(x: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] to the backbones' zero mean and unit deviation."""
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (x - mean) / std
+
+
+def strong_views(u: Tensor, strong: Tensor, order: list[int]) -> Tensor:
+    """Strong views of u [B, 3, H, W] in [0, 1]: strong [V, B, 6] (see strong_params) gives [V, B, 3, H, W].
+
+    The ops and their formulas are torchvision's, with parameters per image; the order of the four jitter ops
+    is one for the whole batch, drawn anew each step.
+    """
+    views, b = strong.shape[:2]
+    x = u.repeat(views, 1, 1, 1)  # [VB, 3, H, W]
+    brightness, contrast, saturation, hue, grey, sigma = strong.reshape(-1, 6, 1, 1, 1).unbind(1)
+    for op in order:
+        if op == 0:
+            x = (x * brightness).clamp(0, 1)
+        elif op == 1:
+            x = _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), contrast)
+        elif op == 2:
+            x = _blend(x, _grey(x), saturation)
+        else:
+            x = _adjust_hue(x, hue)
+    x = torch.where(grey > 0, _grey(x), x)
+    return _gaussian_blur(x, sigma).view(views, b, *u.shape[1:])
+
+
+def _grey(x: Tensor) -> Tensor:
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def _blend(x: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
+    return (ratio * x + (1 - ratio) * other).clamp(0, 1)
+
+
+def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue by `shift` of a full circle; HSV's value and chroma stay."""
+    red, green, blue = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    c = chroma.clamp_min(1e-12)
+    sector = torch.where(
+        value == red,
+        (green - blue) / c,
+        torch.where(value == green, 2 + (blue - red) / c, 4 + (red - green) / c),
+    )
+    sector = sector + 6 * shift[:, 0]  # [VB, H, W], a circle is 6
+    k = [(n + sector) % 6 for n in (5, 3, 1)]
+    return torch.stack([value - chroma * torch.minimum(a, 4 - a).clamp(0, 1) for a in k], 1)
+
+
+def _gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 6) -> Tensor:
+    """Separable blur with a sigma per image [B, 1, 1, 1]; 0 leaves the image as it is. Reflected borders."""
+    k = torch.arange(-radius, radius + 1, device=x.device)
+    weight = torch.exp(-0.5 * (k / sigma.clamp_min(1e-3)) ** 2)  # [B, 1, 1, 2r+1]
+    weight = (weight / weight.sum(-1, keepdim=True)).unbind(-1)
+    for dim, pad in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
+        n, padded = x.shape[dim], torch.nn.functional.pad(x, pad, mode="reflect")
+        x = weight[0][..., None] * padded.narrow(dim, 0, n)
+        for i in range(1, len(weight)):
+            x = torch.addcmul(x, weight[i][..., None], padded.narrow(dim, i, n))
+    return x
+
+
+# --------------------------------------------------------------------------- evaluation batches
+
+
+class ValBatches(Dataset):
+    """Every val image once, in batches of one padded size; the batches do not depend on who reads them.
+
+    Item k: image [b, H, W, 3] uint8 and label [b, H, W] uint8, padded at the right and bottom to multiples of
+    `grid` (label 255 there), size [(height, width)] before padding, id [b]. A batch has at most `pixels`.
+    """
+
+    def __init__(self, items: list[Item], num_classes: int, grid: int, pixels: int = 2**21) -> None:
+        self.items, self.num_classes, self.grid = items, num_classes, grid
+        buckets: dict[tuple[int, int], list[int]] = {}
+        for k, item in enumerate(items):
+            buckets.setdefault(self.padded(_size(item)), []).append(k)
+        self.batches = []
+        for (h, w), members in buckets.items():
+            n = max(1, min(16, pixels // (h * w)))
+            self.batches += [members[i : i + n] for i in range(0, len(members), n)]
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of an image to the (height, width) that it is evaluated at."""
+        return tuple(-(-s // self.grid) * self.grid for s in size[::-1])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> dict:
+        try:
+            return self.load([self.items[i] for i in self.batches[k]])
+        except InputError as e:
+            return {"error": str(e)}
+
+    def load(self, items: list[Item]) -> dict:
+        images, labels, sizes = [], [], []
+        for item in items:
+            image = read_image(item)
+            size, padded = image.size, self.padded(image.size)[::-1]
+            for pic, fill, out in (
+                (image, FILL, images),
+                (read_mask(item, size, self.num_classes), IGNORE, labels),
+            ):
+                full = Image.new(pic.mode, padded, fill)
+                full.paste(pic)
+                out.append(np.asarray(full))
+            sizes.append(size[::-1])
+        return {"image": _stack(images), "label": _stack(labels), "size": sizes, "id": [i.id for i in items]}
+
+
+def _size(item: Item) -> tuple[int, int]:
+    if isinstance(item.image, int):
+        return SHAPES_SIZE, SHAPES_SIZE
+    try:
+        with Image.open(item.image) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"{item.image}: cannot be read as an image ({e}); replace or remove it") from None
+
+
+def val_batches(dataset: ValBatches, rank: int, world: int, workers: int, device: torch.device) -> Iterator[dict]:
+    """Yields this rank's share of the val batches on the device: image [b, 3, H, W] normalised, label int64."""
+    for batch in _loader(dataset, range(rank, len(dataset), world), workers, device.type == "cuda"):
+        if "error" in batch:
+            raise InputError(batch["error"])
+        image = batch["image"].to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+        label = batch["label"].to(device, non_blocking=True).long()
+        yield batch | {"image": normalize(image), "label": label}
+
+
+# --------------------------------------------------------------------------- pictures and the command line
+
+
+def palette() -> np.ndarray:
+    """VOC's colour map [256, 3] uint8: class bits spread over the channels; 255 is a light grey."""
+    k = np.arange(256)
+    colors = np.zeros((256, 3), int)
+    for bit in range(3):
+        for channel in range(3):
+            colors[:, channel] |= (k >> (3 * bit + channel) & 1) << (7 - bit)
+    colors[IGNORE] = 224
+    return colors.astype(np.uint8)
+
+
+def colorize(label: np.ndarray) -> np.ndarray:
+    """[H, W] class ids to [H, W, 3] uint8 colours."""
+    return palette()[label]

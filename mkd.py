@@ -1,0 +1,272 @@
+"""MKD: mutual knowledge distillation (Yuan, Ge, Wang, Liu; ACM MM 2023, arXiv 2208.11499).
+
+Two students S1, S2 learn from each other's pseudo-labels and from those of the *other* student's
+mean teacher (T1 = EMA of S1, T2 = EMA of S2). Students see CutMixed strong views, teachers weak
+ones. All logits of the semi-supervised losses are augmented implicitly: shifted by what a Gaussian
+around each pixel's feature, with its class's running covariance, would do to the cross-entropy.
+
+    L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
+
+Dimension key: B images of this rank, C classes, H W pixels, h w cells of the stride-4 map, A = 256
+channels of the classifier's input. x, y labelled; u weak and u1 strong view of an unlabelled crop;
+z logits, z~ augmented logits (`z_aug`), f features; suffixes _s1 _s2 students, _t1 _t2 teachers.
+
+    torchrun --nproc_per_node=4 mkd.py --split 1/16      # GPUs; plain `python mkd.py` for one or none
+
+Inference uses S1 alone. `reading:` marks what no text settles; the README lists departures.
+"""
+
+import argparse
+import copy
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+import data
+from common import masked_mean, rank_sum
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The shared flags and MKD's own. --threshold is off (0) unless given, as in the released config."""
+    p = common.make_parser("mkd", __doc__.splitlines()[0])
+    flag = argparse.BooleanOptionalAction
+    g = p.add_argument_group("MKD")
+    g.add_argument("--ema", type=common.weight, default=0.6, help="most that m, a teacher's memory, gets to")
+    g.add_argument("--lambda-st", type=common.weight, default=1.5, help="weight of L_st, from the teachers")
+    g.add_argument("--lambda-ss", type=common.weight, default=1.0, help="weight of L_ss, between the students")
+    g.add_argument("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
+    g.add_argument("--lambda0", type=common.weight, default=1.5, help="strength of the augmentation at the end")
+    g.add_argument("--keep-padding", action=flag, default=False, help="padding takes part, as in the released code")
+    return common.parse(p, argv, all=dict(threshold=0.0))
+
+
+# --------------------------------------------------------------------------- the paper's pieces
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, t: int, ema: float) -> None:
+    """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), at the start of step t from 1.
+
+    Parameters only, in float32: a teacher's batch norm keeps its own statistics. At t = 1 it becomes a copy.
+    """
+    m = min(1 - 1 / t, ema)
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - m)
+
+
+def mix_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
+    """Three boxes (top, left, bottom, right): p ~ U(.25, .5), h = exp(U ln p), w = p / h, both times sqrt(1/3)."""
+    boxes = []
+    for p, a, top, left in r.uniform((0.25, 0, 0, 0), (0.5, 1, 1, 1), (3, 4)):
+        h = math.exp(a * math.log(p))
+        height, width = (round(crop * side * math.sqrt(1 / 3)) for side in (h, p / h))
+        top, left = round(top * (crop - height)), round(left * (crop - width))
+        boxes.append([top, left, top + height, left + width])
+    return boxes
+
+
+def mix_mask(boxes: Tensor, crop: int) -> Tensor:
+    """M [B, H, W] bool, three boxes [B, 3, 4] XORed onto zeros: True keeps a pixel, False takes the partner's."""
+    one, two, three = (data.rect_mask(b, crop, crop) for b in boxes.unbind(1))
+    return one ^ two ^ three
+
+
+def mix(t: Tensor, m: Tensor) -> Tensor:
+    """M * t + (1 - M) * t[pi] for t [B, ..., H, W]; M is resized to t by its nearest cells.
+
+    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two, so it is on the same rank however
+    many ranks there are, and never the image itself.
+    """
+    pi = torch.arange(len(t), device=t.device) ^ 1
+    m = m if m.shape[-2:] == t.shape[-2:] else common.resize_mask(m, t.shape[-2:])
+    return torch.where(m if t.dim() == 3 else m[:, None], t, t[pi])
+
+
+class ClassStatistics(nn.Module):
+    """Running mean mu_c [C, A] and diagonal covariance Sigma_c [C, A] of one network's classifier input.
+
+    After each update they are the exact mean and population variance, per class, of all pixels seen so far on all
+    ranks. Buffers, so the checkpoint has them.
+    """
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(num_classes))  # N_c
+        self.register_buffer("mean", torch.zeros(num_classes, width))  # mu_c
+        self.register_buffer("var", torch.zeros(num_classes, width))  # Sigma_c
+
+    @torch.no_grad()
+    def update(self, f: Tensor, label: Tensor) -> None:
+        """Takes in the pixels of f [B, A, h, w] under their class, label [B, h, w]; 255 is left out."""
+        f = f.flatten(2).transpose(1, 2).to(self.mean.dtype)  # [B, hw, A]
+        classes = torch.arange(len(self.count), device=f.device)
+        member = (label.flatten(1)[:, None] == classes[:, None]).to(f.dtype)  # [B, C, hw]
+        n = member.sum((0, 2))[:, None]  # n_c [C, 1]
+        s1, s2 = (member @ f).sum(0), (member @ f.square()).sum(0)  # [C, A]
+        n, s1, s2 = rank_sum(torch.cat([n, s1, s2], 1)).split([1, f.shape[2], f.shape[2]], 1)
+        mean = s1 / n.clamp_min(1)
+        var = (s2 / n.clamp_min(1) - mean.square()).clamp_min(0)
+        # w_c = n_c / (n_c + N_c);  Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2;  mu <- (1-w) mu + w mean
+        w = n / (n + self.count[:, None]).clamp_min(1)
+        self.var.copy_((1 - w) * self.var + w * var + w * (1 - w) * (self.mean - mean).square())
+        self.mean.copy_((1 - w) * self.mean + w * mean)
+        self.count.add_(n[:, 0])
+
+
+def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:
+    """z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a for a pixel of class y = label [B, h, w].
+
+    z [B, C, h, w]; W [C, A] and Sigma [C, A] are constants. A table K[y, c], looked up per pixel; 255 adds nothing.
+    """
+    w, classes = weight.detach().flatten(1).float(), len(weight)
+    k = 0.5 * strength * ((w[None] - w[:, None]).square() * var[:, None]).sum(2)  # [C, C]
+    k = F.pad(k, (0, 0, 0, 1))  # a row of zeros for 255
+    return z + k[label.clamp_max(classes)].permute(0, 3, 1, 2)
+
+
+def mutual_losses(z_s: list[Tensor], t_t: list[Tensor], keep_t: list[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
+    """L_st and L_ss over the valid pixels; lists hold network 1 and 2, z_s [B, C, h, w] are the students' z~.
+
+    L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1): a student learns from the other student's teacher.
+    L_ss = CE(z~_S1, t_S2) + CE(z~_S2, t_S1), t_Si = argmax z~_Si: the students teach each other.
+    `keep_t` [B, h, w]: where a teacher is confident enough, L_st only.
+    """
+    t_s = [z.detach().argmax(1) for z in z_s]
+    loss_st = loss_ss = 0
+    for i, other in ((0, 1), (1, 0)):
+        log_p = z_s[i].log_softmax(1)
+        st, ss = (F.nll_loss(log_p, t[other], reduction="none") for t in (t_t, t_s))
+        loss_st = loss_st + masked_mean(st, keep_t[other] & valid, valid)
+        loss_ss = loss_ss + masked_mean(ss, valid, valid)
+    return loss_st, loss_ss
+
+
+class Students(nn.Module):
+    """S1 and S2 in one module, so that one DDP carries both."""
+
+    def __init__(self, s1: nn.Module, s2: nn.Module) -> None:
+        super().__init__()
+        self.s1, self.s2 = s1, s2
+
+    def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Stride-4 logits, classifier input and last map of each student."""
+        return [self.s1.parts(x), self.s2.parts(x)]
+
+
+# --------------------------------------------------------------------------- training
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.test_only:
+        return common.test(args)
+
+    # ---- setup, data
+    run = common.Run(args)
+    device, classes = run.device, len(run.split.classes)
+
+    # ---- networks, optimizer: one seed, drawn on for both students, so their heads differ
+    students = []
+    for _ in range(2):
+        net = common.build_network(args.backbone, classes, args.output_stride, args.decoder)
+        run.say(common.load_weights(net, args.backbone, args.weights))
+        students.append(run.place(net))
+    teachers = [copy.deepcopy(net).requires_grad_(False) for net in students]
+    width = students[0].classifier.in_channels
+    stats = nn.ModuleList(ClassStatistics(classes, width) for _ in range(4)).to(device)
+    stats_s, stats_t = stats[:2], stats[2:]
+    model = run.distribute(students[0] if args.labeled_only else Students(*students))
+    optimizer = run.optimizer(
+        [
+            {"params": [p for s in students for p in s.backbone.parameters()], "lr": args.lr},
+            {"params": [p for s in students for p in s.head_parameters()], "lr": args.lr * args.head_lr_mult},
+        ]
+    )
+    nets = dict(zip(("student1", "student2", "teacher1", "teacher2"), (*students, *teachers), strict=True))
+
+    # ---- resume
+    start = run.resume(**nets, stats=stats, optimizer=optimizer)
+
+    # ---- train
+    for step, batch in enumerate(run.batches(start), start):
+        run.set_lr(optimizer, step)
+        x, y = data.normalize(batch["x"]), batch["y"]
+
+        if args.labeled_only:
+            with run.autocast():
+                z = model(x)
+            loss = common.supervised_loss(z, y, args.sup_loss)
+            terms = {"loss": loss}
+        else:
+            t, n_x = step + 1, len(x)
+            strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2  # lambda(t)
+            u = data.normalize(batch["u"])
+            u1 = data.normalize(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
+            boxes = [mix_boxes(args.crop_size, data.rng(args.seed, "mkd", step, p)) for p in run.positions]
+            m = mix_mask(run.put(torch.tensor(boxes)), args.crop_size)
+
+            with torch.no_grad():
+                # Teachers (train mode) see x and u; their logits and features are mixed like the image.
+                z_t, f_t = [], []
+                for teacher, student in zip(teachers, students, strict=True):
+                    update_teacher(teacher, student, t, args.ema)
+                    with run.autocast():
+                        z, f, _ = teacher.parts(torch.cat([x, u]))
+                    z_t.append(torch.cat([z[:n_x], mix(z[n_x:], m)]).float())
+                    f_t.append(torch.cat([f[:n_x], mix(f[n_x:], m)]))
+
+            # Students see x and u_mix = M * u1 + (1 - M) * u1[pi]
+            with run.autocast():
+                (z_s1, f_s1, _), (z_s2, f_s2, _) = model(torch.cat([x, mix(u1, m)]))
+            z_s, f_s = [z_s1.float(), z_s2.float()], [f_s1, f_s2]
+
+            # L_sup,i = CE(S_i(x), y) at full resolution
+            loss_sup1, loss_sup2 = (
+                common.supervised_loss(common.upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss) for z in z_s
+            )
+
+            # z~ of each network: labelled pixels are of class y, unlabelled ones of its own un-augmented argmax
+            size = z_s1.shape[-2:]
+            valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], m)]) | args.keep_padding
+            valid_4 = common.resize_mask(valid, size)
+            y_4 = F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long()
+
+            def augmented(net: nn.Module, stat: ClassStatistics, z: Tensor, f: Tensor) -> Tensor:
+                label = torch.cat([y_4, z[n_x:].detach().argmax(1)]).where(valid_4, data.IGNORE)
+                stat.update(f.detach(), label)
+                return augment(z, label, net.classifier.weight, stat.var, strength)
+
+            z_aug_s, z_aug_t = z_s, z_t
+            if args.fa != "none":
+                z_aug_s = [augmented(*p) for p in zip(students, stats_s, z_s, f_s, strict=True)]
+            if args.fa == "all":
+                z_aug_t = [augmented(*p) for p in zip(teachers, stats_t, z_t, f_t, strict=True)]
+
+            # L_st, L_ss at half of the stride-4 resolution, over labelled and unlabelled pixels
+            z_aug_s, z_aug_t, z_t = ([F.avg_pool2d(z, 2) for z in zs] for zs in (z_aug_s, z_aug_t, z_t))
+            t_t = [z.argmax(1) for z in z_aug_t]
+            keep_t = [z.softmax(1).amax(1) >= args.threshold for z in z_t]
+            valid_8 = common.resize_mask(valid, t_t[0].shape[-2:])
+            loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, valid_8)
+
+            # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
+            loss = loss_sup1 + loss_sup2 + args.lambda_st * loss_st + args.lambda_ss * loss_ss
+            terms = {"loss": loss, "L_sup1": loss_sup1, "L_sup2": loss_sup2, "L_st": loss_st, "L_ss": loss_ss}
+            terms["confident"] = masked_mean(torch.stack(keep_t).float().mean(0), valid_8, valid_8)
+
+        optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(optimizer)
+        run.scaler.update()
+
+        run.step_done(step, {"student1": students[0]} if args.labeled_only else nets, terms)
+
+    # ---- teardown
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)

@@ -1,0 +1,202 @@
+"""SegKC: semi-supervised segmentation by knowledge consultation (Than et al., arXiv 2503.10693, 2025).
+
+A senior S and a junior J of different backbones are trained together: each learns the other's
+pseudo-labels (cross pseudo supervision), each draws its features towards the other's (feature
+consultation), and the junior also learns the senior's distribution (prediction consultation).
+
+    L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd
+
+Dimension key: B images of this rank, C classes, H W pixels, h w cells of a backbone's last map.
+x, y labelled; u weak and u1 strong view of an unlabelled crop, u_mix its CutMix; z logits, f last
+backbone map, g its projection to the other network's width; suffixes _s senior, _j junior.
+
+    torchrun --nproc_per_node=4 segkc.py --split 1/2      # GPUs; plain `python segkc.py` for one or none
+
+Inference uses the junior alone. The paper has no public code: every `reading:` is ours and a flag.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import common
+import data
+from common import masked_mean
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The shared flags and SegKC's own. --backbone is the junior's, the network that inference uses."""
+    p = common.make_parser("segkc", __doc__.splitlines()[0])
+    g = p.add_argument_group("SegKC")
+    g.add_argument("--junior", dest="backbone", choices=common.BACKBONES, default=argparse.SUPPRESS, help="another name of --backbone")
+    g.add_argument("--senior", choices=common.BACKBONES, help="encoder of the senior")
+    g.add_argument("--senior-weights", help="like --weights, of the senior; unset: --weights")
+    g.add_argument("--lambda-cps", type=common.weight, default=1.0, help="weight of L_cps, pseudo-labels")
+    g.add_argument("--lambda-feat", type=common.weight, default=0.5, help="weight of the feature terms")
+    g.add_argument("--lambda-kd", type=common.weight, default=0.5, help="weight of L_kd, senior to junior")
+    g.add_argument("--consult", choices=("both", "j2s", "s2j", "none"), default="both", help="feature terms in use")
+    g.add_argument("--temperature", type=common.positive(float), default=1.0, help="t of L_kd")
+    pair, small = dict(senior="resnet101", backbone="resnet50"), dict(senior="resnet34", backbone="resnet18")
+    return common.parse(p, argv, all=pair, shapes=small)
+
+
+# --------------------------------------------------------------------------- the paper's pieces
+
+
+def cutmix(t: Tensor, box: Tensor) -> Tensor:
+    """Inside `box` (bool, True = take the partner's) t [B, ..., H, W] is its neighbour in the batch.
+
+    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two, so it is on the same rank however
+    many ranks there are, and never the image itself.
+    """
+    pi = torch.arange(len(t), device=t.device) ^ 1
+    return torch.where(box if t.dim() == 3 else box[:, None], t[pi], t)
+
+
+def cps_loss(z: Tensor, pseudo_label: Tensor, confidence: Tensor, valid: Tensor, tau: float) -> Tensor:
+    """M(CE(z, y_hat), c >= tau): one network's logits against the other's pseudo-label and confidence (step 5)."""
+    ce = F.cross_entropy(z, pseudo_label, reduction="none")  # [B, H, W]
+    return masked_mean(ce, (confidence >= tau) & valid, valid)
+
+
+def consultation(g: Tensor, f: Tensor, valid: Tensor) -> Tensor:
+    """d(g, sg f) = 1 - cosine over channels, mean over valid cells (step 6).
+
+    g [B, A, h', w'] is the learning network's projected map, resized to f's grid; f [B, A, h, w]; valid [B, H, W].
+    """
+    g = common.upsample(g, f.shape[-2:]) if g.shape[-2:] != f.shape[-2:] else g.float()
+    cells = common.resize_mask(valid, f.shape[-2:])
+    return masked_mean(1 - F.cosine_similarity(g, f.detach().float(), dim=1), cells, cells)
+
+
+def distillation(z_s: Tensor, z_j: Tensor, valid: Tensor, t: float) -> Tensor:
+    """L_kd = mean over valid of KL(sg softmax(z_S / t) || softmax(z_J / t)) t^2 (step 7)."""
+    log_s, log_j = (z_s.detach() / t).log_softmax(1), (z_j / t).log_softmax(1)
+    kl = (log_s.exp() * (log_s - log_j)).sum(1)  # [B, H, W]
+    return masked_mean(kl, valid, valid) * t**2
+
+
+class Pair(nn.Module):
+    """Senior and junior in one module, so that one DDP carries both, with their training-only projections."""
+
+    def __init__(self, senior: nn.Module, junior: nn.Module) -> None:
+        super().__init__()
+        self.senior, self.junior = senior, junior
+        a_s, a_j = senior.backbone.channels[-1], junior.backbone.channels[-1]
+        self.project_s, self.project_j = nn.Conv2d(a_s, a_j, 1), nn.Conv2d(a_j, a_s, 1)
+
+    def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(z, f, g) of the senior, then of the junior: logits [B, C, H, W], last map, its projection."""
+        out = []
+        for net, project in ((self.senior, self.project_s), (self.junior, self.project_j)):
+            z, _, f = net(x, features=True)
+            out.append((z, f, project(f)))
+        return out
+
+
+# --------------------------------------------------------------------------- training
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.test_only:
+        return common.test(args)
+
+    # ---- setup, data
+    run = common.Run(args)
+    classes = len(run.split.classes)
+
+    # ---- networks, optimizer
+    nets = {}
+    for name, backbone, weights in (
+        ("junior", args.backbone, args.weights),
+        ("senior", args.senior, args.senior_weights or args.weights),
+    ):
+        net = common.build_network(backbone, classes, args.output_stride, args.decoder)
+        run.say(f"{name}: {common.load_weights(net, backbone, weights)}")
+        nets[name] = run.place(net)
+    junior, senior = nets.values()
+    pair = Pair(senior, junior).to(run.device, memory_format=torch.channels_last)
+    model = run.distribute(junior if args.labeled_only else pair)
+    head_lr = args.lr * args.head_lr_mult
+    projections = [*pair.project_s.parameters(), *pair.project_j.parameters()]
+    optimizer = run.optimizer(
+        [
+            {"params": senior.backbone.parameters(), "lr": args.lr},
+            {"params": senior.head_parameters(), "lr": head_lr},
+            {"params": junior.backbone.parameters(), "lr": args.lr},
+            {"params": junior.head_parameters(), "lr": head_lr},
+            {"params": projections, "lr": head_lr},
+        ]
+    )
+
+    # ---- resume
+    start = run.resume(pair=pair, optimizer=optimizer)
+
+    # ---- train
+    for step, batch in enumerate(run.batches(start), start):
+        run.set_lr(optimizer, step)
+        x, y = data.normalize(batch["x"]), batch["y"]
+
+        if args.labeled_only:
+            with run.autocast():
+                z = model(x)
+            loss = common.supervised_loss(z, y, args.sup_loss)
+            terms = {"loss": loss}
+        else:
+            u, n_x = data.normalize(batch["u"]), len(x)
+            u1 = data.normalize(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
+            box = data.rect_mask(batch["box"][0], *u.shape[-2:])
+
+            with torch.no_grad():
+                # Weak views (step 1), each network's own; reading: in eval mode. Cut like u_mix (step 2).
+                pseudo_label, confidence = {}, {}
+                for name, net in nets.items():
+                    net.eval()
+                    with run.autocast():
+                        z = net(u)
+                    net.train()
+                    c, y_hat = z.softmax(1).max(1)
+                    confidence[name], pseudo_label[name] = cutmix(c, box), cutmix(y_hat, box)
+                u_mix, valid_u = cutmix(u1, box), cutmix(batch["u_valid"], box)
+                valid = torch.cat([batch["x_valid"], valid_u])
+
+            # Forward with gradient on cat(x, u_mix) (step 3)
+            with run.autocast():
+                (z_s, f_s, g_s), (z_j, f_j, g_j) = model(torch.cat([x, u_mix]))
+
+            # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
+            loss_sup_s, loss_sup_j = (common.supervised_loss(z[:n_x], y, args.sup_loss) for z in (z_s, z_j))
+            loss_sup = 0.5 * (loss_sup_s + loss_sup_j)
+            # L_cps = 1/2 [M(CE(z_S(u_mix), y_hat_J), c_J >= tau) + M(CE(z_J(u_mix), y_hat_S), c_S >= tau)] (step 5)
+            of_j, of_s = ((pseudo_label[k], confidence[k], valid_u, args.threshold) for k in ("junior", "senior"))
+            loss_cps = 0.5 * (cps_loss(z_s[n_x:], *of_j) + cps_loss(z_j[n_x:], *of_s))
+            # L_j2s = d(g_S(f_S), sg f_J); L_s2j = d(g_J(f_J), sg f_S) (step 6)
+            loss_j2s, loss_s2j = consultation(g_s, f_j, valid), consultation(g_j, f_s, valid)
+            loss_feat = (args.consult in ("both", "j2s")) * loss_j2s + (args.consult in ("both", "s2j")) * loss_s2j
+            # L_kd = KL(sg p_S || p_J) on u_mix (step 7)
+            loss_kd = distillation(z_s[n_x:], z_j[n_x:], valid_u, args.temperature)
+
+            # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd (step 8)
+            loss = loss_sup + args.lambda_cps * loss_cps + args.lambda_feat * loss_feat / 2 + args.lambda_kd * loss_kd
+            terms = {"loss": loss, "L_sup": loss_sup, "L_cps": loss_cps, "L_j2s": loss_j2s, "L_s2j": loss_s2j}
+            terms["L_kd"] = loss_kd
+            for name in ("senior", "junior"):
+                keep = (confidence[name] >= args.threshold) & valid_u
+                terms[f"confident_{name}"] = masked_mean(torch.ones_like(confidence[name]), keep, valid_u)
+
+        optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(optimizer)
+        run.scaler.update()
+
+        run.step_done(step, {"junior": junior} if args.labeled_only else nets, terms)
+
+    # ---- teardown
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)

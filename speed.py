@@ -1,0 +1,228 @@
+"""SPEED with EntropyMix: self pseudo entropy knowledge distillation (Lu et al., IEEE TCSVT 34(8), 2024).
+
+Two strong views of an unlabelled crop are cut into cells; a new image takes each cell from the view whose prediction
+has the higher entropy (EntropyMix). The network learns the mixed image from its own prediction on the weak view: by
+pseudo-label (L_u), by its softened logits (L_logit) and by the relations between its features (L_feat). One network,
+no teacher, no auxiliary head.
+
+    L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit)
+
+Dimension key: B images of this rank, C classes, H W pixels, h w cells of a stride-4 map, n grid cells a side (--grid),
+N positions of the stride-16 map. x, y labelled; u weak, u1 u2 strong, m mixed; valid is True where a crop holds image.
+
+    torchrun --nproc_per_node=4 speed.py --split 1/16      # GPUs; plain `python speed.py` for one or none
+
+The paper has no public code: every `reading:` below is ours and a flag. What has been measured is in the README.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import common
+import data
+from common import masked_mean
+
+PAD_ENTROPY = -1.0  # entropy of a cell without image: below every real one
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The shared flags and SPEED's own."""
+    p = common.make_parser("speed", __doc__.splitlines()[0])
+    flag = argparse.BooleanOptionalAction
+    g = p.add_argument_group("SPEED")
+    g.add_argument("--grid", type=common.positive(int), default=4, help="n: EntropyMix cells a side")
+    g.add_argument("--pick", choices=("max", "min", "random"), default="max", help="the view a cell is taken from")
+    g.add_argument("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
+    g.add_argument("--host-cutmix", action=flag, default=True, help="CutMix u1 and u2 before EntropyMix")
+    g.add_argument("--lambda-u", type=common.weight, default=1.0, help="weight of L_u, pseudo-labels")
+    g.add_argument("--alpha", type=common.weight, default=1.0, help="weight of L_feat, pixel relations")
+    g.add_argument("--beta", type=common.weight, default=1.0, help="weight of L_logit, distilled logits")
+    g.add_argument("--temperature", type=common.positive(float), default=1.0, help="t of L_logit")
+    return common.parse(p, argv)
+
+
+# --------------------------------------------------------------------------- the paper's pieces
+
+
+def cutmix(t: Tensor, box: Tensor) -> Tensor:
+    """Inside `box` (bool, True = take the partner's) t [B, ..., H, W] is its neighbour in the batch.
+
+    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two, so it is on the same rank however
+    many ranks there are, and never the image itself.
+    """
+    pi = torch.arange(len(t), device=t.device) ^ 1
+    return torch.where(box if t.dim() == 3 else box[:, None], t[pi], t)
+
+
+def cell_entropy(z: Tensor, valid: Tensor, n: int) -> Tensor:
+    """H = -sum_k p_k log p_k, its mean over the valid pixels of each cell: [B, C, H, W] to [B, n, n]."""
+    log_p = z.log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1) * valid  # [B, H, W]
+    total, count = (cell_sum(t, n) for t in (entropy, valid.float()))
+    return torch.where(count > 0, total / count.clamp_min(1), PAD_ENTROPY)
+
+
+def cell_sum(t: Tensor, n: int) -> Tensor:
+    """Sums [B, H, W] over the cells of an n x n grid with edges floor(i H / n)."""
+    for dim in (1, 2):
+        size = t.shape[dim]
+        edges = [i * size // n for i in range(n + 1)]
+        t = torch.stack([t.narrow(dim, a, b - a).sum(dim) for a, b in zip(edges, edges[1:])], dim)
+    return t
+
+
+def pick_view(h1: Tensor, h2: Tensor, pick: str) -> Tensor:
+    """EntropyMix: which view each cell [B, n, n] is taken from, True = the second; a cell of padding never wins."""
+    empty = (h1 < 0) | (h2 < 0)
+    return torch.where(empty | (pick != "min"), h2 > h1, h2 < h1)
+
+
+def cells_to(second: Tensor, size: torch.Size) -> Tensor:
+    """Spreads cells [B, n, n] over a map of `size` = (H, W), with the same edges as `cell_sum`."""
+    n = second.shape[-1]
+    row, col = ((torch.arange(s, device=second.device) * n + n - 1) // s for s in size)
+    return second[:, row][:, :, col]
+
+
+def mixed_image(u1: Tensor, u2: Tensor, box1: Tensor, box2: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """m, and box_m [B, H, W], True where a pixel of m is the partner's.
+
+    Targets exist once per weak view, so mixing the two views' cut targets is cutting the target with box_m:
+    where(second, cutmix(t, box2), cutmix(t, box1)) = cutmix(t, where(second, box2, box1)).
+    """
+    m = torch.where(second[:, None], cutmix(u2, box2), cutmix(u1, box1))
+    return m, torch.where(second, box2, box1)
+
+
+def logit_loss(z_t: Tensor, z_m: Tensor, valid_m: Tensor, t: float) -> Tensor:
+    """L_logit = mean over valid_m of KL(softmax(z_T / t) || softmax(z_m / t)) t^2 (step 8)."""
+    log_t, log_m = (z_t / t).log_softmax(1), (z_m / t).log_softmax(1)
+    kl = (log_t.exp() * (log_t - log_m)).sum(1)  # [B, H, W]
+    return masked_mean(kl, valid_m, valid_m) * t**2
+
+
+def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor) -> Tensor:
+    """L_feat (step 9): KL between rows of S = softmax(f f^T / 0.1), f pooled to stride 16 and of unit length.
+
+    f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Cells that are mostly padding are no row and no column of S.
+    """
+    pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # 4 at stride 4
+    f_t, f_m = (F.avg_pool2d(f.float(), pool, ceil_mode=True) for f in (f_t, f_m))  # [B, A, h/4, w/4]
+    cells = F.adaptive_avg_pool2d(valid_m[:, None].float(), f_m.shape[-2:]).flatten(1) > 0.5  # [B, N]
+
+    def log_s(f: Tensor) -> Tensor:
+        f = F.normalize(f.flatten(2), dim=1)
+        s = f.transpose(1, 2) @ f / 0.1
+        return s.masked_fill(~cells[:, None], -1e4).log_softmax(2)  # [B, N, N]
+
+    log_s_t, log_s_m = log_s(f_t), log_s(f_m)
+    kl = (log_s_t.exp() * (log_s_t - log_s_m)).sum(2)  # [B, N]
+    return masked_mean(kl, cells, cells)
+
+
+# --------------------------------------------------------------------------- training
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.test_only:
+        return common.test(args)
+
+    # ---- setup, data
+    run = common.Run(args)
+    device, classes = run.device, len(run.split.classes)
+
+    # ---- networks, optimizer
+    net = common.build_network(args.backbone, classes, args.output_stride, args.decoder)
+    run.say(common.load_weights(net, args.backbone, args.weights))
+    net = run.place(net)
+    model = run.distribute(net)
+    head_lr = args.lr * args.head_lr_mult
+    optimizer = run.optimizer(
+        [{"params": net.backbone.parameters(), "lr": args.lr}, {"params": net.head_parameters(), "lr": head_lr}]
+    )
+
+    # ---- resume
+    start = run.resume(net=net, optimizer=optimizer)
+
+    # ---- train
+    for step, batch in enumerate(run.batches(start), start):
+        run.set_lr(optimizer, step)
+        x, y = data.normalize(batch["x"]), batch["y"]
+
+        if args.labeled_only:
+            with run.autocast():
+                z_x = model(x)
+            loss = common.supervised_loss(z_x, y, args.sup_loss)
+            terms = {"loss": loss}
+        else:
+            # Views (step 1): u, u1, u2 of one crop; host CutMix cuts u1 and u2 with boxes of their own.
+            valid, u = batch["u_valid"], data.normalize(batch["u"])
+            u1, u2 = (data.normalize(v) for v in data.strong_views(batch["u"], batch["strong"], batch["order"]))
+            box1, box2 = (data.rect_mask(b, *u.shape[-2:]) & args.host_cutmix for b in batch["box"])
+
+            with torch.no_grad():
+                # Predictions (step 2): z_u, f_u = net(u); z_1 = net(u1); z_2 = net(u2), in eval mode.
+                net.eval()
+                views = [u, cutmix(u1, box1), cutmix(u2, box2)] if args.entropy_mix else [u]
+                with run.autocast():
+                    z, f, _ = net(torch.cat(views), features=True)
+                net.train()
+                z_u, f_u = z[: len(u)], f[: len(u)]
+
+                # EntropyMix (steps 4, 5): m takes each cell from the view with the higher entropy H_v.
+                n = args.grid
+                second = torch.zeros_like(box1)
+                if args.entropy_mix:
+                    h1, h2 = (
+                        cell_entropy(z_v, cutmix(valid, b), n)
+                        for z_v, b in zip(z[len(u) :].chunk(2), (box1, box2), strict=True)
+                    )
+                    if args.pick == "random":  # a coin of each sample, in place of its entropies
+                        coins = [data.rng(args.seed, "coin", step, p).random((n, n)) for p in run.positions]
+                        h2 = run.put(torch.tensor(np.stack(coins), dtype=h1.dtype))
+                        h1 = torch.full_like(h2, 0.5)
+                    second = cells_to(pick_view(h1, h2, args.pick), u.shape[-2:])
+                m, box_m = mixed_image(u1, u2, box1, box2, second)
+
+                # Targets (steps 3, 5): cut like m. c = max_k p_k, y_hat = argmax_k p_k
+                z_t, f_t = cutmix(z_u, box_m), cutmix(f_u, common.resize_mask(box_m, f_u.shape[-2:]))
+                valid_m = cutmix(valid, box_m)
+                confidence, pseudo_label = z_t.softmax(1).max(1)
+                keep = (confidence >= args.threshold) & valid_m
+
+            # One forward with gradient (step 6): z_x, z_m, f_m
+            with run.autocast():
+                z, f, _ = model(torch.cat([x, m]), features=True)
+            z_x, z_m, f_m = z[: len(x)], z[len(x) :], f[len(x) :]
+
+            # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)
+            loss_x = common.supervised_loss(z_x, y, args.sup_loss)
+            loss_u = masked_mean(F.cross_entropy(z_m, pseudo_label, reduction="none"), keep, valid_m)
+            # L_logit, L_feat (steps 8, 9)
+            loss_logit = logit_loss(z_t, z_m, valid_m, args.temperature)
+            loss_feat = relation_loss(f_t, f_m, valid_m)
+
+            # L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit) (step 10)
+            loss = 0.5 * (loss_x + args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit)
+            confident = masked_mean(torch.ones_like(confidence), keep, valid_m)
+            terms = {"loss": loss, "L_x": loss_x, "L_u": loss_u, "L_feat": loss_feat, "L_logit": loss_logit}
+            terms["confident"] = confident
+
+        optimizer.zero_grad(set_to_none=True)
+        run.scaler.scale(loss).backward()
+        run.scaler.step(optimizer)
+        run.scaler.update()
+
+        run.step_done(step, {"net": net}, terms)
+
+    # ---- teardown
+    run.finish()
+
+
+if __name__ == "__main__":
+    common.launch(main)
