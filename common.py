@@ -39,73 +39,86 @@ BACKBONES = (*CNNS, *dinov2.SIZES)
 # --------------------------------------------------------------------------- flags
 
 
-def positive(kind: type) -> Callable[[str], float]:
-    """An argparse type: a finite number above zero."""
+def number(kind: type, least: float = 0, least_is_fine: bool = True) -> Callable[[str], float]:
+    """An argparse type: a finite int or float from `least` on, or above it."""
 
-    def number(text: str) -> float:
+    def parse_number(text: str) -> float:
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        if not (least < value < math.inf or (least_is_fine and value == least)):
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'at least' if least_is_fine else 'above'} {least}"
+            )
         return value
 
-    return number
+    parse_number.__name__ = kind.__name__  # argparse: "invalid float value"
+    return parse_number
 
 
-def weight(text: str) -> float:
-    """An argparse type: a finite number, zero or above."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return value
+COUNT, STEPS = number(int), number(int, 1)
+WEIGHT, POSITIVE = number(float), number(float, least_is_fine=False)
 
 
 def make_parser(method: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags that all scripts share; a script adds its own and calls `parse`."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    formatter, flag = argparse.ArgumentDefaultsHelpFormatter, argparse.BooleanOptionalAction
+    p = argparse.ArgumentParser(description=description, formatter_class=formatter)
     p.set_defaults(method=method)
-    flag = argparse.BooleanOptionalAction
-    g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=tuple(data.PRESETS), help="unset: pascal if under --root, else shapes")
-    g.add_argument("--root", type=Path, default=Path("data"), help="folder of the data set")
-    g.add_argument("--protocol", choices=("classic", "blended", "priority"), default="classic", help="VOC's masks")
-    g.add_argument("--split", default="1/16", help="labelled: a fraction, full, a count, or a folder of lists")
-    g.add_argument("--split-seed", type=int, default=0, help="draws the split when it is no folder")
-    g.add_argument("--crop-size", type=positive(int), help="side of the square training crop, pixels")
-    g.add_argument("--batch-size", type=positive(int), help="labelled images a step over all ranks; as many unlabelled")
-    g.add_argument("--workers", type=int, default=None, help="loader processes of a rank; unset: 4, shapes 0")
-    g = p.add_argument_group("network")
-    g.add_argument("--backbone", choices=BACKBONES, help="encoder under DeepLabV3+")
-    g.add_argument("--weights", help="of the backbone: imagenet, none, or a state-dict file")
-    g.add_argument("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: DINOv2 only")
-    g.add_argument("--output-stride", type=int, choices=(8, 16), default=16, help="of the CNN backbone, pixels")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive(int), help="passes over the unlabelled images")
-    g.add_argument("--iters", type=positive(int), help="steps; overrides --epochs")
-    g.add_argument("--optimizer", choices=("sgd", "adamw"), help="SGD has momentum 0.9")
-    g.add_argument("--lr", type=positive(float), help="learning rate of the backbone at step 0; falls as (1 - t/T)^0.9")
-    g.add_argument("--head-lr-mult", type=positive(float), help="the rest of the network learns this many times faster")
-    g.add_argument("--weight-decay", type=weight, help="L2 (sgd) or decoupled (adamw) decay")
-    g.add_argument("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels only")
-    g.add_argument("--threshold", type=weight, help="tau: least confidence of a pseudo-label that is learnt from")
-    g.add_argument("--labeled-only", action=flag, default=False, help="the supervised baseline, same steps")
-    g.add_argument("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
-    g.add_argument("--compile", action=flag, default=False, help="torch.compile the networks")
-    g.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation")
-    g = p.add_argument_group("evaluation and output")
-    g.add_argument("--eval-mode", choices=("whole", "slide"), default="whole", help="images whole, or windows")
-    g.add_argument("--eval-every", type=positive(int), help="steps; unset: once an epoch")
-    g.add_argument("--save-every", type=positive(int), help="steps between checkpoints; unset: once an epoch")
-    g.add_argument("--log-every", type=positive(int), default=20, help="steps a train line of log.jsonl averages over")
-    g.add_argument("--tta", action=flag, default=False, help="evaluate flipped and at scales 0.75, 1, 1.25 too")
-    g.add_argument("--out", type=Path, help="unset: runs/<method>-<dataset>-<split>-s<seed>")
-    g.add_argument("--resume", choices=("auto", "none"), default="auto", help="auto: go on from latest.pt in --out")
-    g.add_argument("--overwrite", action=flag, default=False, help="start anew over what --out holds")
-    g.add_argument("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
-    g.add_argument("--save-predictions", type=Path, metavar="DIR", help="with --test-only: PNGs of the predictions")
+    a = p.add_argument_group("data").add_argument
+    a("--dataset", choices=tuple(data.PRESETS), help="unset: pascal if under --root, else shapes")
+    a("--root", type=Path, default=Path("data"), help="folder of the data set")
+    a("--protocol", choices=data.PROTOCOLS, default="classic", help="which VOC masks are labelled")
+    a("--split", default="1/16", help="labelled: a fraction, full, a count, or a folder of lists")
+    a("--split-seed", type=COUNT, default=0, help="draws the split, unless that is a folder")
+    a("--crop-size", type=STEPS, help="side of the square training crop, pixels")
+    a(
+        "--scale",
+        type=POSITIVE,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="random scale of training images",
+    )
+    a("--batch-size", type=STEPS, help="labelled images a step, all ranks; as many unlabelled")
+    a("--workers", type=COUNT, help="loader processes a rank; unset: 4, for shapes 0")
+    a = p.add_argument_group("network").add_argument
+    a("--backbone", choices=BACKBONES, help="encoder")
+    a("--weights", help="of the backbone: imagenet, none, or a state-dict file")
+    a("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: for DINOv2 alone")
+    a("--output-stride", type=int, choices=(8, 16), default=16, help="of a CNN backbone, pixels")
+    a = p.add_argument_group("optimisation").add_argument
+    a("--epochs", type=STEPS, help="passes over the unlabelled images")
+    a("--iters", type=STEPS, help="steps; overrides --epochs")
+    a("--optimizer", choices=("sgd", "adamw"), help="SGD has momentum 0.9")
+    a("--lr", type=POSITIVE, help="backbone's learning rate at step 0; falls as (1 - t/T)^0.9")
+    a("--head-lr-mult", type=POSITIVE, help="all but the backbone learns this many times faster")
+    a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
+    a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
+    a("--threshold", type=WEIGHT, help="tau: confidence a pseudo-label needs, 0 to 1")
+    a("--labeled-only", action=flag, default=False, help="the supervised baseline, same steps")
+    a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
+    a("--compile", action=flag, default=False, help="torch.compile the networks")
+    a("--seed", type=COUNT, default=0, help="of weights, batches and augmentation")
+    a = p.add_argument_group("evaluation and output").add_argument
+    a("--eval-mode", choices=("whole", "slide"), default="whole", help="slide: crop-size windows")
+    a("--eval-every", type=STEPS, help="steps; unset: once an epoch")
+    a("--save-every", type=STEPS, help="steps between checkpoints; unset: once an epoch")
+    a("--log-every", type=STEPS, default=20, help="steps that a train line averages over")
+    a("--tta", action=flag, default=False, help="evaluate with flips and scales 0.75, 1, 1.25")
+    a("--out", type=Path, help="unset: runs/<method>-<dataset>-<split>-s<seed>")
+    a(
+        "--resume",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: go on from --out's latest.pt",
+    )
+    a("--overwrite", action=flag, default=False, help="start anew over what --out holds")
+    a("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
+    a("--save-predictions", type=Path, metavar="DIR", help="PNGs, with --test-only")
     return p
 
 
-def parse(p: argparse.ArgumentParser, argv: list[str] | None = None, **method: object) -> argparse.Namespace:
+def parse(
+    p: argparse.ArgumentParser, argv: list[str] | None = None, **method: object
+) -> argparse.Namespace:
     """Parses in two goes: the data set and backbone choose the presets that the other flags default to.
 
     `method` overrides presets by data set name or "all", e.g. `all=dict(threshold=0.0)`.
@@ -138,12 +151,17 @@ class CNN(nn.Sequential):
     forward: image [B, 3, H, W] to the stride-4 map and the last map (stride 16 or 8).
     """
 
-    grid, patch = 16, 1  # evaluation pads images to multiples of grid; crops must be multiples of patch
+    grid, patch = (
+        16,
+        1,
+    )  # evaluation pads images to multiples of grid; crops must be multiples of patch
 
     def __init__(self, name: str, output_stride: int) -> None:
         net = getattr(models, name)(weights=None)
         if name == "mobilenet_v2":
-            stages = list(net.features[:18].named_children())  # without the 1280-channel classifier input
+            stages = list(
+                net.features[:18].named_children()
+            )  # without the 1280-channel classifier input
             self_low, strided, low, deep = "3", {16: ("7",), 32: ("14", "15", "16", "17")}, 24, 320
             strided[16] = ("7", "8", "9", "10", "11", "12", "13")
         else:
@@ -264,9 +282,13 @@ def load_checkpoint(path: Path) -> dict:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
         reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
-        raise InputError(f"{path}: not a loadable checkpoint ({reason}); give a file of tensors only") from None
+        raise InputError(
+            f"{path}: not a loadable checkpoint ({reason}); give a file of tensors only"
+        ) from None
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}, not a state dict; give another file")
+        raise InputError(
+            f"{path}: holds a {type(found).__name__}, not a state dict; give another file"
+        )
     return found
 
 
@@ -288,14 +310,20 @@ def load_weights(net: DeepLabV3Plus, name: str, weights: str) -> str:
         if any(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     own = net.backbone.state_dict()
-    matched = {k: v for k, v in state.items() if k in own and getattr(v, "shape", None) == own[k].shape}
+    matched = {
+        k: v for k, v in state.items() if k in own and getattr(v, "shape", None) == own[k].shape
+    }
     missing = [k for k in own if k not in matched and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
     line = f"{name}: weights {weights}: {len(matched)} keys matched, {len(missing)} missing, {len(unexpected)} unexpected"
     if missing:
         k = missing[0]
-        was = f"shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}" if k in state else "missing"
-        raise InputError(f"{line}; e.g. {k} is {was}: the file is of another architecture; give one of {name}")
+        was = (
+            f"shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}" if k in state else "missing"
+        )
+        raise InputError(
+            f"{line}; e.g. {k} is {was}: the file is of another architecture; give one of {name}"
+        )
     net.backbone.load_state_dict(matched, strict=False)
     return line
 
@@ -311,7 +339,9 @@ def _download_weights(name: str) -> dict:
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         return models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=first)
     except (urllib.error.URLError, OSError, RuntimeError) as e:
-        raise InputError(f"--weights imagenet: {name} could not be fetched ({e}); give a FILE or none") from None
+        raise InputError(
+            f"--weights imagenet: {name} could not be fetched ({e}); give a FILE or none"
+        ) from None
     finally:
         if first and dist.is_initialized():
             dist.barrier()
@@ -359,7 +389,9 @@ def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
     return (a * keep).sum() / rank_mean(valid.sum()).clamp_min(1)
 
 
-def supervised_loss(z: Tensor, y: Tensor, kind: str, thresh: float = 0.7, min_kept: int = 200_000) -> Tensor:
+def supervised_loss(
+    z: Tensor, y: Tensor, kind: str, thresh: float = 0.7, min_kept: int = 200_000
+) -> Tensor:
     """CE over the labelled pixels of the global batch; z [B, C, H, W] float32, y [B, H, W], 255 ignored.
 
     kind "ohem" keeps the pixels whose true class has a probability of at most `thresh`, or of at most the
@@ -397,7 +429,11 @@ def predict(net: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
         size = [max(1, round(s * scale / grid)) * grid for s in image.shape[-2:]]
         scaled = F.interpolate(image, size, mode="bilinear", align_corners=False)
         for view in (scaled, scaled.flip(-1)):
-            z = _slide(net, view, args.crop_size) if args.eval_mode == "slide" else net(view).softmax(1)
+            z = (
+                _slide(net, view, args.crop_size)
+                if args.eval_mode == "slide"
+                else net(view).softmax(1)
+            )
             total = total + upsample(z if view is scaled else z.flip(-1), image.shape[-2:])
     return total
 
@@ -414,7 +450,11 @@ def _slide(net: nn.Module, image: Tensor, crop: int) -> Tensor:
     for top in tops:
         for left in lefts:
             p = net(image[:, :, top : top + crop, left : left + crop]).softmax(1)
-            total = image.new_zeros(*p.shape[:2], *image.shape[-2:], dtype=p.dtype) if total is None else total
+            total = (
+                image.new_zeros(*p.shape[:2], *image.shape[-2:], dtype=p.dtype)
+                if total is None
+                else total
+            )
             total[:, :, top : top + crop, left : left + crop] += p
     return total[:, :, :height, :width]
 
@@ -422,13 +462,18 @@ def _slide(net: nn.Module, image: Tensor, crop: int) -> Tensor:
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """[C, C] int64, row = label, column = prediction; ignored pixels are left out."""
     cell = torch.where(label == data.IGNORE, num_classes**2, label * num_classes + prediction)
-    return torch.bincount(cell.flatten(), minlength=num_classes**2 + 1)[:-1].view(num_classes, num_classes)
+    return torch.bincount(cell.flatten(), minlength=num_classes**2 + 1)[:-1].view(
+        num_classes, num_classes
+    )
 
 
 def iou_of(confusion: Tensor) -> tuple[float, list[float | None]]:
     """mIoU over the classes present in labels or predictions, and IoU per class (None = absent), in percent."""
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    iou = [100 * i / u if u else None for i, u in zip(confusion.diagonal().tolist(), union.tolist(), strict=True)]
+    iou = [
+        100 * i / u if u else None
+        for i, u in zip(confusion.diagonal().tolist(), union.tolist(), strict=True)
+    ]
     present = [v for v in iou if v is not None]
     return sum(present) / max(len(present), 1), iou
 
@@ -451,7 +496,10 @@ def evaluate(
     rank, world = rank_world()
     modes = {name: net.training for name, net in nets.items()}
     total = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in nets}
-    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # sizes vary: no tuning
+    benchmark, torch.backends.cudnn.benchmark = (
+        torch.backends.cudnn.benchmark,
+        False,
+    )  # sizes vary: no tuning
     for net in nets.values():
         net.eval()
     batches = data.ValBatches(val, classes, first.backbone.grid)
@@ -474,7 +522,9 @@ def picture(image: Tensor, *labels: Tensor) -> np.ndarray:
     """A normalised image [3, H, W] and class maps [H, W] side by side as [H, n W, 3] uint8."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
     rgb = ((image.cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    return np.concatenate([rgb, *(data.colorize(m.cpu().numpy().astype(np.uint8)) for m in labels)], 1)
+    return np.concatenate(
+        [rgb, *(data.colorize(m.cpu().numpy().astype(np.uint8)) for m in labels)], 1
+    )
 
 
 def save_predictions(folder: Path) -> Callable[[dict, Tensor], None]:
@@ -482,10 +532,15 @@ def save_predictions(folder: Path) -> Callable[[dict, Tensor], None]:
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(batch: dict, prediction: Tensor) -> None:
-        for image, label, (h, w), name in zip(batch["image"], prediction, batch["size"], batch["id"], strict=True):
+        for image, label, (h, w), name in zip(
+            batch["image"], prediction, batch["size"], batch["id"], strict=True
+        ):
             classes = label[:h, :w].cpu().numpy().astype(np.uint8)
             Image.fromarray(classes).save(folder / f"{name}.png")
-            rgb, colors = Image.fromarray(picture(image[:, :h, :w])), Image.fromarray(data.colorize(classes))
+            rgb, colors = (
+                Image.fromarray(picture(image[:, :h, :w])),
+                Image.fromarray(data.colorize(classes)),
+            )
             Image.blend(rgb, colors, 0.5).save(folder / f"{name}_overlay.png")
 
     return write
@@ -501,7 +556,9 @@ def test(args: argparse.Namespace) -> None:
         net.load_state_dict(saved["net"])
     except (KeyError, TypeError, RuntimeError) as e:
         reason = str(e).splitlines()[0]
-        raise InputError(f"{args.test_only}: not a best.pt of this project ({reason}); give one") from None
+        raise InputError(
+            f"{args.test_only}: not a best.pt of this project ({reason}); give one"
+        ) from None
     if saved["classes"] != source.classes:
         raise InputError(
             f"{args.test_only}: trained on the {len(saved['classes'])} classes of {saved['dataset']}, but "
@@ -509,11 +566,15 @@ def test(args: argparse.Namespace) -> None:
         )
     net = net.to(device, memory_format=torch.channels_last)
     write = save_predictions(args.save_predictions) if args.save_predictions else None
-    miou, iou = iou_of(evaluate({"net": net}, source.val, len(source.classes), args, device, write)["net"])
+    miou, iou = iou_of(
+        evaluate({"net": net}, source.val, len(source.classes), args, device, write)["net"]
+    )
     if rank_world()[0] == 0:
         for name, value in zip(source.classes, iou, strict=True):
             print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
-        print(f"mIoU {miou:.2f} on {len(source.val)} images · {args.test_only} of step {saved['step']}")
+        print(
+            f"mIoU {miou:.2f} on {len(source.val)} images · {args.test_only} of step {saved['step']}"
+        )
     end_process()
 
 
@@ -538,7 +599,9 @@ class Run:
         source = data.load_source(args.dataset, args.root)
         self.split = data.make_split(source, args.split, args.split_seed, args.protocol)
         if not (self.split.unlabeled or args.labeled_only):
-            raise InputError(f"--split {args.split}: leaves no unlabelled image; take fewer, or --labeled-only")
+            raise InputError(
+                f"--split {args.split}: leaves no unlabelled image; take fewer, or --labeled-only"
+            )
         epoch = max(1, len(self.split.unlabeled or self.split.labeled) // args.batch_size)
         args.iters = args.iters or args.epochs * epoch
         args.eval_every, args.save_every = args.eval_every or epoch, args.save_every or epoch
@@ -548,7 +611,9 @@ class Run:
         share = args.batch_size // self.world
         self.positions = range(self.rank * share, (self.rank + 1) * share)  # in the global batch
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
-        self.state: dict[str, object] = {"scaler": self.scaler}  # what a checkpoint holds; `resume` adds to it
+        self.state: dict[str, object] = {
+            "scaler": self.scaler
+        }  # what a checkpoint holds; `resume` adds to it
         self.rows: list[Tensor] = []  # train terms that no log line holds yet, on the device
         self.names: list[str] = []
         self.best, self.best_step, self.last = -1.0, 0, -1.0
@@ -571,7 +636,9 @@ class Run:
         crop, patch = self.args.crop_size, net.backbone.patch
         if crop < 32 or crop % patch:
             backbone = net.config["backbone"]
-            raise InputError(f"--crop-size {crop}: {backbone} needs a multiple of {patch} from {-(-32 // patch) * patch} on")
+            raise InputError(
+                f"--crop-size {crop}: {backbone} needs a multiple of {patch} from {-(-32 // patch) * patch} on"
+            )
         if self.device.type == "cuda" and self.world > 1:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net = net.to(self.device, memory_format=torch.channels_last)
@@ -584,7 +651,9 @@ class Run:
         if not dist.is_initialized():
             return net
         ids = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            net, device_ids=ids, gradient_as_bucket_view=True
+        )
 
     def optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
         """SGD with momentum 0.9 or AdamW over the script's parameter groups."""
@@ -596,7 +665,9 @@ class Run:
 
     def put(self, t: Tensor) -> Tensor:
         """A tensor of the host on the device, without waiting for it."""
-        return (t.pin_memory() if self.device.type == "cuda" else t).to(self.device, non_blocking=True)
+        return (t.pin_memory() if self.device.type == "cuda" else t).to(
+            self.device, non_blocking=True
+        )
 
     def batches(self, start: int) -> Iterator[dict]:
         """This rank's share of the training batches from step `start` on (data.TrainBatches)."""
@@ -626,7 +697,9 @@ class Run:
                 for path in (*found, out / "best.pt", out / "log.jsonl"):
                     path.unlink(missing_ok=True)
         elif found and args.resume == "none":
-            raise InputError(f"{out}: holds a run already; give another --out, --resume auto, or --overwrite")
+            raise InputError(
+                f"{out}: holds a run already; give another --out, --resume auto, or --overwrite"
+            )
         elif found:
             saved = self._load_latest(found)
             self._compare(saved)
@@ -641,7 +714,9 @@ class Run:
         if self.rank == 0:
             self._open_log(log_bytes)
             bar = sys.stderr.isatty()
-            self.bar = tqdm(total=args.iters, initial=step, disable=not bar, dynamic_ncols=True, unit="step")
+            self.bar = tqdm(
+                total=args.iters, initial=step, disable=not bar, dynamic_ncols=True, unit="step"
+            )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if dist.is_initialized():
@@ -685,7 +760,9 @@ class Run:
             self.log_file.truncate(min(log_bytes, end))  # lines of steps that are run again
             self.log_file.seek(0, os.SEEK_END)
         except OSError as e:
-            raise RunError(f"{out}: cannot be written ({e.strerror}); free or change --out") from None
+            raise RunError(
+                f"{out}: cannot be written ({e.strerror}); free or change --out"
+            ) from None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -714,7 +791,9 @@ class Run:
             self._check(done)
             self._save(done)
         if stop and not last:
-            self.say(f"stopped by signal {stop} after step {done}; the same command goes on from there")
+            self.say(
+                f"stopped by signal {stop} after step {done}; the same command goes on from there"
+            )
             raise SystemExit(128 + stop)
 
     def _check(self, done: int) -> None:
@@ -737,7 +816,10 @@ class Run:
         self.rows = []
         images = (done - self.since) * self.args.batch_size * (1 if self.args.labeled_only else 2)
         now = time.perf_counter()
-        line = {"step": done, **{n: float(f"{m:.6g}") for n, m in zip(self.names, means, strict=True)}}
+        line = {
+            "step": done,
+            **{n: float(f"{m:.6g}") for n, m in zip(self.names, means, strict=True)},
+        }
         line["lr"] = float(f"{self.lr:.6g}")
         line["images_s"] = round(images / max(now - self.clock, 1e-9), 2)
         line["memory_gb"] = round(peak_memory(self.device) / 2**30, 3)
@@ -750,7 +832,9 @@ class Run:
         try:
             self.log_file.write((json.dumps({"kind": kind, **line}) + "\n").encode())
         except OSError as e:
-            raise RunError(f"{self.args.out}/log.jsonl: cannot be written ({e.strerror}); free space") from None
+            raise RunError(
+                f"{self.args.out}/log.jsonl: cannot be written ({e.strerror}); free space"
+            ) from None
         scalars = {k: v for k, v in line.items() if isinstance(v, float) and k != "step"}
         if self.board:
             for name, value in scalars.items():
@@ -769,12 +853,18 @@ class Run:
             line["miou" if k == 0 else f"miou_{name}"] = round(miou, 4)
             if k == 0:
                 self.last = miou
-                line["iou"] = {c: v and round(v, 4) for c, v in zip(self.split.classes, iou, strict=True)}
+                line["iou"] = {
+                    c: v and round(v, 4) for c, v in zip(self.split.classes, iou, strict=True)
+                }
         first = next(iter(nets.values()))
         if self.last > self.best:
             self.best, self.best_step = self.last, done
             if self.rank == 0:
-                best = {"net": first.state_dict(), "config": first.config, "classes": list(self.split.classes)}
+                best = {
+                    "net": first.state_dict(),
+                    "config": first.config,
+                    "classes": list(self.split.classes),
+                }
                 best |= {"dataset": self.args.dataset, "mean": data.MEAN, "std": data.STD}
                 save_file(best | {"step": done, "miou": self.last}, self.args.out / "best.pt")
         self._write("eval", line)
@@ -805,7 +895,11 @@ class Run:
             return
         latest = self.args.out / "latest.pt"
         state = {name: value.state_dict() for name, value in self.state.items()}
-        state |= {"flags": self._flags() | {"lists": self.split.hash}, "step": done, "names": self.names}
+        state |= {
+            "flags": self._flags() | {"lists": self.split.hash},
+            "step": done,
+            "names": self.names,
+        }
         state |= {"best": self.best, "best_step": self.best_step, "last": self.last}
         state |= {"rows": self.rows, "log_bytes": self.log_file.tell()}
         save_file(state, latest, keep=self.args.out / "latest.prev.pt")
@@ -850,13 +944,17 @@ def start_process(args: argparse.Namespace) -> torch.device:
             f"neighbours; take a multiple of {2 * world}"
         )
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
         # gloo beside nccl carries the vote on signals, which must not wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10)
+        )
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else 4
     if args.amp is None:
@@ -893,7 +991,9 @@ def save_file(state: dict, path: Path, keep: Path | None = None) -> None:
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be saved ({str(e).splitlines()[0]}); the checkpoint before it is intact") from None
+        raise RunError(
+            f"{path}: cannot be saved ({str(e).splitlines()[0]}); the checkpoint before it is intact"
+        ) from None
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -903,4 +1003,6 @@ def launch(main: Callable[[], None]) -> None:
     except (InputError, RunError) as e:
         who = f"[rank {rank_world()[0]}] " if rank_world()[1] > 1 else ""
         print(f"{who}error: {e}", file=sys.stderr, flush=True)
-        os._exit(2 if isinstance(e, InputError) else 1)  # at once: other ranks may hang in a collective
+        os._exit(
+            2 if isinstance(e, InputError) else 1
+        )  # at once: other ranks may hang in a collective

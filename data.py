@@ -17,6 +17,8 @@ import functools
 import hashlib
 import math
 import re
+import shutil
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,26 +36,71 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the bac
 FILL = (124, 116, 104)  # padding is the mean colour: zero after normalisation, like a convolution's
 PATCH = 14  # DINOv2 encoders see the image in patches of 14 x 14
 
-VOC_CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-    "motorbike person pottedplant sheep sofa train tvmonitor"
-).split()
-CITYSCAPES_CLASSES = (
-    "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky "
-    "person rider car truck bus train motorcycle bicycle"
-).split()
+VOC_CLASSES = [
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+]
+CITYSCAPES_CLASSES = [
+    "road",
+    "sidewalk",
+    "building",
+    "wall",
+    "fence",
+    "pole",
+    "traffic_light",
+    "traffic_sign",
+    "vegetation",
+    "terrain",
+    "sky",
+    "person",
+    "rider",
+    "car",
+    "truck",
+    "bus",
+    "train",
+    "motorcycle",
+    "bicycle",
+]
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-SHAPES_CLASSES = "background ringed_disk checkered_square striped_triangle dotted_star grained_cross".split()
+SHAPES_CLASSES = [
+    "background",
+    "ringed_disk",
+    "checkered_square",
+    "striped_triangle",
+    "dotted_star",
+    "grained_cross",
+]
 
 # What the field trains each data set with. `epochs` counts passes over the unlabelled images.
-_CNN = dict(backbone="resnet101", weights="imagenet", optimizer="sgd", weight_decay=1e-4, threshold=0.95)
+_CNN = dict(
+    backbone="resnet101", weights="imagenet", optimizer="sgd", weight_decay=1e-4, threshold=0.95
+) | dict(scale=(0.5, 2.0))
 PRESETS = {
     "pascal": dict(_CNN, crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10.0),
     "folder": dict(_CNN, crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10.0),
     "cityscapes": dict(_CNN, crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1.0)
     | dict(threshold=0.0, sup_loss="ohem", eval_mode="slide"),
     "shapes": dict(_CNN, backbone="resnet18", weights="none", crop_size=64, batch_size=8, epochs=10)
-    | dict(optimizer="adamw", lr=1e-3, head_lr_mult=1.0),
+    | dict(optimizer="adamw", lr=1e-3, head_lr_mult=1.0, scale=(0.8, 1.25)),
 }
 _VIT = dict(optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, threshold=0.95)
 DINOV2_PRESETS = {
@@ -62,6 +109,9 @@ DINOV2_PRESETS = {
     "cityscapes": dict(_VIT, crop_size=798, batch_size=8, epochs=180),
     "shapes": dict(_VIT, crop_size=70, batch_size=8),
 }
+
+
+PROTOCOLS = ("classic", "blended", "priority")
 
 
 class InputError(Exception):
@@ -177,10 +227,14 @@ def _folder(root: Path) -> Source:
     source = Source("folder", _list(classes), root, items("train"), items("val"))
     for part, found in (("train", source.train), ("val", source.val)):
         if not found:
-            raise InputError(f"{root / part / 'images'}: holds no image; put the {part} images there")
+            raise InputError(
+                f"{root / part / 'images'}: holds no image; put the {part} images there"
+            )
     for item in source.val:
         if item.mask is None:
-            raise InputError(f"{item.image}: a val image without a mask; add {root}/val/masks/{item.id}.png")
+            raise InputError(
+                f"{item.image}: a val image without a mask; add {root}/val/masks/{item.id}.png"
+            )
     return source
 
 
@@ -204,7 +258,7 @@ def load_source(name: str, root: Path) -> Source:
     return makers[name](root)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws a built-in image from its index alone: ([96, 96, 3] uint8, [96, 96] uint8 label).
 
@@ -215,7 +269,8 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
     yy, xx = np.mgrid[:n, :n].astype(np.float32)
     label = np.zeros((n, n), np.uint8)
     wave = sum(
-        r.uniform(10, 35, 3) * np.sin((xx * r.normal() + yy * r.normal()) / 20 + r.uniform(0, 6))[..., None]
+        r.uniform(10, 35, 3)
+        * np.sin((xx * r.normal() + yy * r.normal()) / 20 + r.uniform(0, 6))[..., None]
         for _ in range(3)
     )
     image = r.uniform(60, 195, 3) + wave
@@ -284,7 +339,9 @@ def read_image(item: Item) -> Image.Image:
         with Image.open(item.image) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{item.image}: cannot be read as an image ({e}); replace or remove it") from None
+        raise InputError(
+            f"{item.image}: cannot be read as an image ({e}); replace or remove it"
+        ) from None
 
 
 def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Image:
@@ -341,7 +398,9 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     are nested: 1/16 is part of 1/8. InputError names the value or the id that is wrong.
     """
     if Path(split).is_dir():
-        labeled, unlabeled = (_read_list(source, Path(split) / f"{n}labeled.txt") for n in ("", "un"))
+        labeled, unlabeled = (
+            _read_list(source, Path(split) / f"{n}labeled.txt") for n in ("", "un")
+        )
         said = f"lists of {split}"
     else:
         labeled, unlabeled = _draw(source, split, split_seed, protocol)
@@ -352,16 +411,22 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     labeled_images = set()
     for item in labeled:
         if item.mask is None or not (isinstance(item.image, int) or item.mask.is_file()):
-            raise InputError(f"{item.id}: listed as labelled, but it has no mask ({item.mask}); add or unlist it")
+            raise InputError(
+                f"{item.id}: listed as labelled, but it has no mask ({item.mask}); add or unlist it"
+            )
         labeled_images.add(item.image)
     for item in (*labeled, *unlabeled):
         if item.image in val_images:
-            raise InputError(f"{item.id}: a val image in the training lists; take it out of {split}")
+            raise InputError(
+                f"{item.id}: a val image in the training lists; take it out of {split}"
+            )
         if not (isinstance(item.image, int) or item.image.is_file()):
             raise InputError(f"{item.id}: no such file: {item.image}; fetch it or unlist the id")
     for item in unlabeled:
         if item.image in labeled_images:
-            raise InputError(f"{item.id}: both labelled and unlabelled; take it out of one list of {split}")
+            raise InputError(
+                f"{item.id}: both labelled and unlabelled; take it out of one list of {split}"
+            )
     ids = "\n".join([i.id for i in labeled] + ["--"] + [i.id for i in unlabeled])
     digest = hashlib.sha256(ids.encode()).hexdigest()[:8]
     line = (
@@ -376,7 +441,11 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
     pool = [pool[k] for k in rng(seed, "split").permutation(len(pool))]
     if source.fine and protocol != "blended":  # fine masks first; classic labels no others
         pool.sort(key=lambda i: i.id not in source.fine)
-    most = len(source.fine & {i.id for i in pool}) if source.fine and protocol == "classic" else len(pool)
+    most = (
+        len(source.fine & {i.id for i in pool})
+        if source.fine and protocol == "classic"
+        else len(pool)
+    )
     if split == "full":
         n = most
     elif m := re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", split):
@@ -402,19 +471,25 @@ def _read_list(source: Source, path: Path) -> list[Item]:
         words = line.split()
         for word in words:
             if Path(word).is_absolute() or ".." in Path(word).parts or "\0" in word:
-                raise InputError(f"{path}: {word!r} leaves the data root {source.root}; use relative paths")
+                raise InputError(
+                    f"{path}: {word!r} leaves the data root {source.root}; use relative paths"
+                )
         id = Path(words[0]).stem.removesuffix("_leftImg8bit")
         if id in seen:
             raise InputError(f"{path}: {id} is listed twice; list it once")
         seen.add(id)
         if "/" not in words[0]:  # a bare id
             if id not in known and words[0] not in known:
-                raise InputError(f"{path}: {words[0]} is not in {source.name} under {source.root}; remove it")
+                raise InputError(
+                    f"{path}: {words[0]} is not in {source.name} under {source.root}; remove it"
+                )
             items.append(known.get(words[0]) or known[id])
             continue
         image, mask = source.root / words[0], known[id].mask if id in known else None
         if len(words) > 1 and (source.root / words[1]).is_file():
-            mask = source.root / words[1]  # else the data set's own, as lists merge VOC's and SBD's masks
+            mask = (
+                source.root / words[1]
+            )  # else the data set's own, as lists merge VOC's and SBD's masks
         items.append(Item(id, image, mask))
     if not items:
         raise InputError(f"{path}: an empty list; give at least one image")
@@ -436,19 +511,28 @@ def write_split(split: Split, root: Path, out: Path) -> None:
 
 
 def weak_view(
-    image: Image.Image, mask: Image.Image | None, crop: int, r: np.random.Generator
+    image: Image.Image,
+    mask: Image.Image | None,
+    crop: int,
+    scale: tuple[float, float],
+    r: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int, int, int]]:
-    """Random scale 0.5-2.0, crop, flip (u, and x with y, in the notes). Only the crop is resampled.
+    """Random scale, crop, flip (u, and x with y, in the notes). Only the crop is resampled.
 
     Returns [crop, crop, 3] uint8, the label [crop, crop] uint8 (None without mask; 255 = padding), and the
     rectangle (top, left, bottom, right) that holds image, the rest being padding.
     """
-    scale = r.uniform(0.5, 2.0)
-    w, h = (max(1, round(s * scale)) for s in image.size)
+    factor = r.uniform(*scale)
+    w, h = (max(1, round(s * factor)) for s in image.size)
     cw, ch = min(crop, w), min(crop, h)  # what the crop holds of the scaled image
     left, top = r.integers(w - cw + 1), r.integers(h - ch + 1)
     sx, sy = image.size[0] / w, image.size[1] / h
-    box = (left * sx, top * sy, min((left + cw) * sx, image.size[0]), min((top + ch) * sy, image.size[1]))
+    box = (
+        left * sx,
+        top * sy,
+        min((left + cw) * sx, image.size[0]),
+        min((top + ch) * sy, image.size[1]),
+    )
     flip = r.random() < 0.5
     rect = (0, crop - cw, ch, crop) if flip else (0, 0, ch, cw)
 
@@ -497,9 +581,16 @@ class TrainBatches(Dataset):
     An InputError comes back as {"error": line}: a worker must not die in silence.
     """
 
-    def __init__(self, split: Split, args: argparse.Namespace, rank: int = 0, world: int = 1) -> None:
-        self.split, self.seed, self.crop, self.batch = split, args.seed, args.crop_size, args.batch_size
-        self.labeled_only, self.steps = args.labeled_only, args.iters
+    def __init__(
+        self, split: Split, args: argparse.Namespace, rank: int = 0, world: int = 1
+    ) -> None:
+        self.split, self.seed, self.crop, self.batch = (
+            split,
+            args.seed,
+            args.crop_size,
+            args.batch_size,
+        )
+        self.labeled_only, self.steps, self.scale = args.labeled_only, args.iters, args.scale
         share = args.batch_size // world
         self.positions = range(rank * share, (rank + 1) * share)
 
@@ -509,7 +600,9 @@ class TrainBatches(Dataset):
     def pick(self, items: list[Item], stream: str, step: int, position: int) -> Item:
         """Epochs of shuffled images without the incomplete last batch, so a batch repeats no image."""
         epoch, k = divmod(step, max(1, len(items) // self.batch))
-        return items[_order(self.seed, stream, epoch, len(items))[(k * self.batch + position) % len(items)]]
+        return items[
+            _order(self.seed, stream, epoch, len(items))[(k * self.batch + position) % len(items)]
+        ]
 
     def __getitem__(self, step: int) -> dict:
         try:
@@ -523,24 +616,35 @@ class TrainBatches(Dataset):
         for item, p in zip(labeled, self.positions, strict=True):
             image = read_image(item)
             mask = read_mask(item, image.size, len(self.split.classes))
-            views.append(weak_view(image, mask, self.crop, rng(self.seed, "x", step, p)))
+            views.append(
+                weak_view(image, mask, self.crop, self.scale, rng(self.seed, "x", step, p))
+            )
         x, y, rect = zip(*views, strict=True)
-        batch = {"x": _stack(x), "y": _stack(y), "x_rect": torch.tensor(rect), "x_id": [i.id for i in labeled]}
+        batch = {
+            "x": _stack(x),
+            "y": _stack(y),
+            "x_rect": torch.tensor(rect),
+            "x_id": [i.id for i in labeled],
+        }
         if self.labeled_only:
             return batch
         unlabeled = [self.pick(self.split.unlabeled, "unlabeled", step, p) for p in self.positions]
         views = [
-            weak_view(read_image(item), None, self.crop, rng(self.seed, "u", step, p))
+            weak_view(read_image(item), None, self.crop, self.scale, rng(self.seed, "u", step, p))
             for item, p in zip(unlabeled, self.positions, strict=True)
         ]
         u, _, rect = zip(*views, strict=True)
         keys = [[(self.seed, f"view{v}", step, p) for p in self.positions] for v in (1, 2)]
-        boxes = [[cutmix_box(self.crop, rng(k[0], "box" + k[1], *k[2:])) for k in ks] for ks in keys]
+        boxes = [
+            [cutmix_box(self.crop, rng(k[0], "box" + k[1], *k[2:])) for k in ks] for ks in keys
+        ]
         return batch | {
             "u": _stack(u),
             "u_rect": torch.tensor(rect),
             "u_id": [i.id for i in unlabeled],
-            "strong": torch.tensor([[strong_params(rng(*k)) for k in ks] for ks in keys], dtype=torch.float32),
+            "strong": torch.tensor(
+                [[strong_params(rng(*k)) for k in ks] for ks in keys], dtype=torch.float32
+            ),
             "box": torch.tensor(boxes),
             "order": rng(self.seed, "order", step).permutation(4).tolist(),
             "position": torch.tensor(self.positions),
@@ -558,10 +662,14 @@ def _stack(arrays: tuple[np.ndarray, ...]) -> Tensor:
 
 def _loader(dataset: Dataset, sampler: list | range, workers: int, pin: bool) -> DataLoader:
     # batch_size=None: an item is a batch already
-    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin)
+    return DataLoader(
+        dataset, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin
+    )
 
 
-def train_batches(dataset: TrainBatches, start: int, workers: int, device: torch.device) -> Iterator[dict]:
+def train_batches(
+    dataset: TrainBatches, start: int, workers: int, device: torch.device
+) -> Iterator[dict]:
     """Yields the batches of steps start, start + 1, ... on the device; images as [B, 3, H, W] in [0, 1]."""
     loader = _loader(dataset, range(start, len(dataset)), workers, device.type == "cuda")
     for batch in loader:
@@ -698,7 +806,12 @@ class ValBatches(Dataset):
                 full.paste(pic)
                 out.append(np.asarray(full))
             sizes.append(size[::-1])
-        return {"image": _stack(images), "label": _stack(labels), "size": sizes, "id": [i.id for i in items]}
+        return {
+            "image": _stack(images),
+            "label": _stack(labels),
+            "size": sizes,
+            "id": [i.id for i in items],
+        }
 
 
 def _size(item: Item) -> tuple[int, int]:
@@ -708,10 +821,14 @@ def _size(item: Item) -> tuple[int, int]:
         with Image.open(item.image) as image:
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{item.image}: cannot be read as an image ({e}); replace or remove it") from None
+        raise InputError(
+            f"{item.image}: cannot be read as an image ({e}); replace or remove it"
+        ) from None
 
 
-def val_batches(dataset: ValBatches, rank: int, world: int, workers: int, device: torch.device) -> Iterator[dict]:
+def val_batches(
+    dataset: ValBatches, rank: int, world: int, workers: int, device: torch.device
+) -> Iterator[dict]:
     """Yields this rank's share of the val batches on the device: image [b, 3, H, W] normalised, label int64."""
     for batch in _loader(dataset, range(rank, len(dataset), world), workers, device.type == "cuda"):
         if "error" in batch:
@@ -738,3 +855,124 @@ def palette() -> np.ndarray:
 def colorize(label: np.ndarray) -> np.ndarray:
     """[H, W] class ids to [H, W, 3] uint8 colours."""
     return palette()[label]
+
+
+def check(source: Source) -> list[str]:
+    """Opens every image and mask of a data set; returns all faults, a line each."""
+    faults = []
+    for item in tqdm([*source.train, *source.val], unit="image", disable=None):
+        try:
+            image = read_image(item)
+            if item.mask:
+                read_mask(item, image.size, len(source.classes))
+        except InputError as e:
+            faults.append(str(e))
+    return faults
+
+
+def download(root: Path) -> None:
+    """Fetches VOC 2012 and SBD through torchvision; writes SegmentationClassAug and trainaug.txt."""
+    from torchvision.datasets import SBDataset, VOCSegmentation
+
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise InputError(
+            "SBD's masks are .mat files: run `pip install scipy`, then again"
+        ) from None
+    VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
+    sbd = root / "sbd"
+    SBDataset(str(sbd), image_set="train", mode="segmentation", download=not (sbd / "cls").is_dir())
+    voc = _pascal_root(root)
+    lists, aug = voc / "ImageSets/Segmentation", voc / "SegmentationClassAug"
+    aug.mkdir(exist_ok=True)
+    fine, val = _list(lists / "train.txt"), set(_list(lists / "val.txt"))
+    for id in fine:
+        shutil.copy(voc / f"SegmentationClass/{id}.png", aug)
+    extra = sorted({p.stem for p in (sbd / "cls").glob("*.mat")} - val - set(fine))
+    for id in tqdm(extra, unit="mask", disable=None):
+        mask = loadmat(sbd / f"cls/{id}.mat")["GTcls"]["Segmentation"][0, 0]
+        Image.fromarray(mask.astype(np.uint8)).save(aug / f"{id}.png")
+    (lists / "trainaug.txt").write_text("\n".join(sorted([*fine, *extra])) + "\n")
+    print(
+        f"{voc}: {len(fine)} VOC and {len(extra)} SBD training masks; 1464 and 9118 are published"
+    )
+
+
+def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, path: Path) -> None:
+    """Writes a picture, an image a row: weak view, two strong views, CutMix of the first, label."""
+    items = [i for i in source.train if i.mask][:8]
+    split = Split(items, items, [], source.classes, "", "")
+    args = dict(seed=seed, crop_size=crop, scale=scale, batch_size=len(items) // 2 * 2)
+    args = argparse.Namespace(**args, labeled_only=False, iters=1)
+    batch = next(train_batches(TrainBatches(split, args), 0, 0, torch.device("cpu")))
+    strong = strong_views(batch["u"], batch["strong"], batch["order"])
+    box = rect_mask(batch["box"][0], crop, crop)[:, None]
+    cut = torch.where(
+        box, strong[0].view(-1, 2, 3, crop, crop).flip(1).view_as(strong[0]), strong[0]
+    )
+    labels = torch.from_numpy(colorize(batch["y"].numpy())).permute(0, 3, 1, 2) / 255
+    columns = torch.cat([batch["u"], *strong, cut, batch["x"], labels], 3)  # [B, 3, H, 6W]
+    rows = (columns.permute(0, 2, 3, 1).flatten(0, 1) * 255).round().byte()
+    Image.fromarray(rows.numpy()).save(path)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description="Checks a data set: opens every file and lists all faults.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument(
+        "--dataset", choices=tuple(PRESETS), help="unset: pascal if under --root, else shapes"
+    )
+    p.add_argument("--root", type=Path, default=Path("data"), help="folder of the data set")
+    p.add_argument(
+        "--download", action="store_true", help="fetch VOC 2012 and SBD first (needs scipy)"
+    )
+    p.add_argument(
+        "--preview", type=Path, metavar="FILE.png", help="write a picture of the views, and stop"
+    )
+    p.add_argument(
+        "--write-split", type=Path, metavar="DIR", help="write the lists of --split, and stop"
+    )
+    p.add_argument("--split", default="1/16", help="as in the method scripts")
+    p.add_argument("--split-seed", type=int, default=0, help="as in the method scripts")
+    p.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="classic",
+        help="VOC's masks",
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the preview")
+    args = p.parse_args()
+    name = find_dataset(args.dataset, args.root)
+    if args.download:
+        download(args.root)
+    source = load_source(name, args.root)
+    if args.preview:
+        preset = PRESETS[name]
+        preview(source, preset["crop_size"], preset["scale"], args.seed, args.preview)
+        print(f"{args.preview}: u | u1 | u2 | CutMix of u1 | x | y; one image a row")
+    elif args.write_split:
+        split = make_split(source, args.split, args.split_seed, args.protocol)
+        write_split(split, source.root, args.write_split)
+        print(f"{split.line}\nwritten to {args.write_split}")
+    else:
+        faults = check(source)
+        print(
+            "\n".join(
+                faults
+                + [
+                    f"{name}: {len(source.train)} train, {len(source.val)} val images, {len(faults)} faults"
+                ]
+            )
+        )
+        if faults:
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"error: {e}")

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 SIZES = {"dinov2_vits14": (384, 6), "dinov2_vitb14": (768, 12)}  # width, attention heads
 URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}_pretrain.pth"
-PATCH, TABLE, DEPTH, TAKEN = 14, 37, 12, (2, 5, 8, 11)  # position table 37 x 37; blocks whose maps are returned
+PATCH, TABLE, DEPTH, TAKEN = (
+    14,
+    37,
+    12,
+    (2, 5, 8, 11),
+)  # position table 37 x 37; blocks whose maps are returned
 
 
 class LayerScale(nn.Module):
@@ -83,7 +88,10 @@ class DINOv2(nn.Module):
         self.patch_embed = PatchEmbed(width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        for weight in (self.pos_embed, *(m.weight for m in self.modules() if isinstance(m, nn.Linear))):
+        for weight in (
+            self.pos_embed,
+            *(m.weight for m in self.modules() if isinstance(m, nn.Linear)),
+        ):
             nn.init.trunc_normal_(weight, std=0.02)
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
             nn.init.zeros_(linear.bias)
@@ -93,14 +101,21 @@ class DINOv2(nn.Module):
         if (h, w) == (TABLE, TABLE):
             return self.pos_embed
         table = self.pos_embed[:, 1:].view(1, TABLE, TABLE, -1).permute(0, 3, 1, 2)
-        scale = ((h + 0.1) / TABLE, (w + 0.1) / TABLE)  # published so: the 0.1 keeps the size from rounding down
+        scale = (
+            (h + 0.1) / TABLE,
+            (w + 0.1) / TABLE,
+        )  # published so: the 0.1 keeps the size from rounding down
         table = F.interpolate(table.float(), scale_factor=scale, mode="bicubic", antialias=False)
-        return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], 1)
+        return torch.cat(
+            [self.pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], 1
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         h, w = (s // PATCH for s in x.shape[-2:])
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1) + self.positions(h, w)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1) + self.positions(
+            h, w
+        )
         maps = []
         for k, block in enumerate(self.blocks):
             x = block(x)
@@ -135,7 +150,9 @@ class Fusion(nn.Module):
 class DPTDecoder(nn.Module):
     """Four maps [B, width, h, w] to a feature [B, 64, 8h, 8w], the input of the classifier."""
 
-    def __init__(self, width: int, steps: tuple[int, ...] = (48, 96, 192, 384), features: int = 64) -> None:
+    def __init__(
+        self, width: int, steps: tuple[int, ...] = (48, 96, 192, 384), features: int = 64
+    ) -> None:
         super().__init__()
         self.project = nn.ModuleList(nn.Conv2d(width, s, 1) for s in steps)
         self.resize = nn.ModuleList(
@@ -155,7 +172,10 @@ class DPTDecoder(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         layers = zip(maps, self.project, self.resize, self.reduce, strict=True)
         skips = [reduce(resize(project(m))) for m, project, resize, reduce in layers]
-        sizes = [tuple(2 * s for s in skips[0].shape[-2:]), *(tuple(s.shape[-2:]) for s in skips[:3])]
+        sizes = [
+            tuple(2 * s for s in skips[0].shape[-2:]),
+            *(tuple(s.shape[-2:]) for s in skips[:3]),
+        ]
         x = self.fuse[3](skips[3], None, sizes[3])
         for k in (2, 1, 0):
             x = self.fuse[k](x, skips[k], sizes[k])

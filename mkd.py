@@ -35,12 +35,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = common.make_parser("mkd", __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
     g = p.add_argument_group("MKD")
-    g.add_argument("--ema", type=common.weight, default=0.6, help="most that m, a teacher's memory, gets to")
-    g.add_argument("--lambda-st", type=common.weight, default=1.5, help="weight of L_st, from the teachers")
-    g.add_argument("--lambda-ss", type=common.weight, default=1.0, help="weight of L_ss, between the students")
-    g.add_argument("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
-    g.add_argument("--lambda0", type=common.weight, default=1.5, help="strength of the augmentation at the end")
-    g.add_argument("--keep-padding", action=flag, default=False, help="padding takes part, as in the released code")
+    g.add_argument(
+        "--ema", type=common.WEIGHT, default=0.6, help="most that m, a teacher's memory, gets to"
+    )
+    g.add_argument(
+        "--lambda-st", type=common.WEIGHT, default=1.5, help="weight of L_st, from the teachers"
+    )
+    g.add_argument(
+        "--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students"
+    )
+    g.add_argument(
+        "--fa",
+        choices=("all", "students", "none"),
+        default="all",
+        help="whose logits are augmented",
+    )
+    g.add_argument(
+        "--lambda0", type=common.WEIGHT, default=1.5, help="strength of the augmentation at the end"
+    )
+    g.add_argument(
+        "--keep-padding",
+        action=flag,
+        default=False,
+        help="padding takes part, as in the released code",
+    )
     return common.parse(p, argv, all=dict(threshold=0.0))
 
 
@@ -127,7 +145,9 @@ def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: flo
     return z + k[label.clamp_max(classes)].permute(0, 3, 1, 2)
 
 
-def mutual_losses(z_s: list[Tensor], t_t: list[Tensor], keep_t: list[Tensor], valid: Tensor) -> tuple[Tensor, Tensor]:
+def mutual_losses(
+    z_s: list[Tensor], t_t: list[Tensor], keep_t: list[Tensor], valid: Tensor
+) -> tuple[Tensor, Tensor]:
     """L_st and L_ss over the valid pixels; lists hold network 1 and 2, z_s [B, C, h, w] are the students' z~.
 
     L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1): a student learns from the other student's teacher.
@@ -182,10 +202,15 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = run.optimizer(
         [
             {"params": [p for s in students for p in s.backbone.parameters()], "lr": args.lr},
-            {"params": [p for s in students for p in s.head_parameters()], "lr": args.lr * args.head_lr_mult},
+            {
+                "params": [p for s in students for p in s.head_parameters()],
+                "lr": args.lr * args.head_lr_mult,
+            },
         ]
     )
-    nets = dict(zip(("student1", "student2", "teacher1", "teacher2"), (*students, *teachers), strict=True))
+    nets = dict(
+        zip(("student1", "student2", "teacher1", "teacher2"), (*students, *teachers), strict=True)
+    )
 
     # ---- resume
     start = run.resume(**nets, stats=stats, optimizer=optimizer)
@@ -204,8 +229,13 @@ def main(argv: list[str] | None = None) -> None:
             t, n_x = step + 1, len(x)
             strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2  # lambda(t)
             u = data.normalize(batch["u"])
-            u1 = data.normalize(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
-            boxes = [mix_boxes(args.crop_size, data.rng(args.seed, "mkd", step, p)) for p in run.positions]
+            u1 = data.normalize(
+                data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0]
+            )
+            boxes = [
+                mix_boxes(args.crop_size, data.rng(args.seed, "mkd", step, p))
+                for p in run.positions
+            ]
             m = mix_mask(run.put(torch.tensor(boxes)), args.crop_size)
 
             with torch.no_grad():
@@ -225,7 +255,8 @@ def main(argv: list[str] | None = None) -> None:
 
             # L_sup,i = CE(S_i(x), y) at full resolution
             loss_sup1, loss_sup2 = (
-                common.supervised_loss(common.upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss) for z in z_s
+                common.supervised_loss(common.upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss)
+                for z in z_s
             )
 
             # z~ of each network: labelled pixels are of class y, unlabelled ones of its own un-augmented argmax
@@ -246,7 +277,9 @@ def main(argv: list[str] | None = None) -> None:
                 z_aug_t = [augmented(*p) for p in zip(teachers, stats_t, z_t, f_t, strict=True)]
 
             # L_st, L_ss at half of the stride-4 resolution, over labelled and unlabelled pixels
-            z_aug_s, z_aug_t, z_t = ([F.avg_pool2d(z, 2) for z in zs] for zs in (z_aug_s, z_aug_t, z_t))
+            z_aug_s, z_aug_t, z_t = (
+                [F.avg_pool2d(z, 2) for z in zs] for zs in (z_aug_s, z_aug_t, z_t)
+            )
             t_t = [z.argmax(1) for z in z_aug_t]
             keep_t = [z.softmax(1).amax(1) >= args.threshold for z in z_t]
             valid_8 = common.resize_mask(valid, t_t[0].shape[-2:])
@@ -254,7 +287,13 @@ def main(argv: list[str] | None = None) -> None:
 
             # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
             loss = loss_sup1 + loss_sup2 + args.lambda_st * loss_st + args.lambda_ss * loss_ss
-            terms = {"loss": loss, "L_sup1": loss_sup1, "L_sup2": loss_sup2, "L_st": loss_st, "L_ss": loss_ss}
+            terms = {
+                "loss": loss,
+                "L_sup1": loss_sup1,
+                "L_sup2": loss_sup2,
+                "L_st": loss_st,
+                "L_ss": loss_ss,
+            }
             terms["confident"] = masked_mean(torch.stack(keep_t).float().mean(0), valid_8, valid_8)
 
         optimizer.zero_grad(set_to_none=True)

@@ -30,15 +30,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and SegKC's own. --backbone is the junior's, the network that inference uses."""
     p = common.make_parser("segkc", __doc__.splitlines()[0])
     g = p.add_argument_group("SegKC")
-    g.add_argument("--junior", dest="backbone", choices=common.BACKBONES, default=argparse.SUPPRESS, help="another name of --backbone")
+    g.add_argument(
+        "--junior",
+        dest="backbone",
+        choices=common.BACKBONES,
+        default=argparse.SUPPRESS,
+        help="another name of --backbone",
+    )
     g.add_argument("--senior", choices=common.BACKBONES, help="encoder of the senior")
     g.add_argument("--senior-weights", help="like --weights, of the senior; unset: --weights")
-    g.add_argument("--lambda-cps", type=common.weight, default=1.0, help="weight of L_cps, pseudo-labels")
-    g.add_argument("--lambda-feat", type=common.weight, default=0.5, help="weight of the feature terms")
-    g.add_argument("--lambda-kd", type=common.weight, default=0.5, help="weight of L_kd, senior to junior")
-    g.add_argument("--consult", choices=("both", "j2s", "s2j", "none"), default="both", help="feature terms in use")
-    g.add_argument("--temperature", type=common.positive(float), default=1.0, help="t of L_kd")
-    pair, small = dict(senior="resnet101", backbone="resnet50"), dict(senior="resnet34", backbone="resnet18")
+    g.add_argument(
+        "--lambda-cps", type=common.WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels"
+    )
+    g.add_argument(
+        "--lambda-feat", type=common.WEIGHT, default=0.5, help="weight of the feature terms"
+    )
+    g.add_argument(
+        "--lambda-kd", type=common.WEIGHT, default=0.5, help="weight of L_kd, senior to junior"
+    )
+    g.add_argument(
+        "--consult",
+        choices=("both", "j2s", "s2j", "none"),
+        default="both",
+        help="feature terms in use",
+    )
+    g.add_argument("--temperature", type=common.POSITIVE, default=1.0, help="t of L_kd")
+    pair, small = (
+        dict(senior="resnet101", backbone="resnet50"),
+        dict(senior="resnet34", backbone="resnet18"),
+    )
     return common.parse(p, argv, all=pair, shapes=small)
 
 
@@ -55,7 +75,9 @@ def cutmix(t: Tensor, box: Tensor) -> Tensor:
     return torch.where(box if t.dim() == 3 else box[:, None], t[pi], t)
 
 
-def cps_loss(z: Tensor, pseudo_label: Tensor, confidence: Tensor, valid: Tensor, tau: float) -> Tensor:
+def cps_loss(
+    z: Tensor, pseudo_label: Tensor, confidence: Tensor, valid: Tensor, tau: float
+) -> Tensor:
     """M(CE(z, y_hat), c >= tau): one network's logits against the other's pseudo-label and confidence (step 5)."""
     ce = F.cross_entropy(z, pseudo_label, reduction="none")  # [B, H, W]
     return masked_mean(ce, (confidence >= tau) & valid, valid)
@@ -147,7 +169,9 @@ def main(argv: list[str] | None = None) -> None:
             terms = {"loss": loss}
         else:
             u, n_x = data.normalize(batch["u"]), len(x)
-            u1 = data.normalize(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
+            u1 = data.normalize(
+                data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0]
+            )
             box = data.rect_mask(batch["box"][0], *u.shape[-2:])
 
             with torch.no_grad():
@@ -168,24 +192,44 @@ def main(argv: list[str] | None = None) -> None:
                 (z_s, f_s, g_s), (z_j, f_j, g_j) = model(torch.cat([x, u_mix]))
 
             # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
-            loss_sup_s, loss_sup_j = (common.supervised_loss(z[:n_x], y, args.sup_loss) for z in (z_s, z_j))
+            loss_sup_s, loss_sup_j = (
+                common.supervised_loss(z[:n_x], y, args.sup_loss) for z in (z_s, z_j)
+            )
             loss_sup = 0.5 * (loss_sup_s + loss_sup_j)
             # L_cps = 1/2 [M(CE(z_S(u_mix), y_hat_J), c_J >= tau) + M(CE(z_J(u_mix), y_hat_S), c_S >= tau)] (step 5)
-            of_j, of_s = ((pseudo_label[k], confidence[k], valid_u, args.threshold) for k in ("junior", "senior"))
+            of_j, of_s = (
+                (pseudo_label[k], confidence[k], valid_u, args.threshold)
+                for k in ("junior", "senior")
+            )
             loss_cps = 0.5 * (cps_loss(z_s[n_x:], *of_j) + cps_loss(z_j[n_x:], *of_s))
             # L_j2s = d(g_S(f_S), sg f_J); L_s2j = d(g_J(f_J), sg f_S) (step 6)
             loss_j2s, loss_s2j = consultation(g_s, f_j, valid), consultation(g_j, f_s, valid)
-            loss_feat = (args.consult in ("both", "j2s")) * loss_j2s + (args.consult in ("both", "s2j")) * loss_s2j
+            loss_feat = (args.consult in ("both", "j2s")) * loss_j2s + (
+                args.consult in ("both", "s2j")
+            ) * loss_s2j
             # L_kd = KL(sg p_S || p_J) on u_mix (step 7)
             loss_kd = distillation(z_s[n_x:], z_j[n_x:], valid_u, args.temperature)
 
             # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd (step 8)
-            loss = loss_sup + args.lambda_cps * loss_cps + args.lambda_feat * loss_feat / 2 + args.lambda_kd * loss_kd
-            terms = {"loss": loss, "L_sup": loss_sup, "L_cps": loss_cps, "L_j2s": loss_j2s, "L_s2j": loss_s2j}
+            loss = (
+                loss_sup
+                + args.lambda_cps * loss_cps
+                + args.lambda_feat * loss_feat / 2
+                + args.lambda_kd * loss_kd
+            )
+            terms = {
+                "loss": loss,
+                "L_sup": loss_sup,
+                "L_cps": loss_cps,
+                "L_j2s": loss_j2s,
+                "L_s2j": loss_s2j,
+            }
             terms["L_kd"] = loss_kd
             for name in ("senior", "junior"):
                 keep = (confidence[name] >= args.threshold) & valid_u
-                terms[f"confident_{name}"] = masked_mean(torch.ones_like(confidence[name]), keep, valid_u)
+                terms[f"confident_{name}"] = masked_mean(
+                    torch.ones_like(confidence[name]), keep, valid_u
+                )
 
         optimizer.zero_grad(set_to_none=True)
         run.scaler.scale(loss).backward()

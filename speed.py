@@ -34,14 +34,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = common.make_parser("speed", __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
     g = p.add_argument_group("SPEED")
-    g.add_argument("--grid", type=common.positive(int), default=4, help="n: EntropyMix cells a side")
-    g.add_argument("--pick", choices=("max", "min", "random"), default="max", help="the view a cell is taken from")
+    g.add_argument("--grid", type=common.STEPS, default=4, help="n: EntropyMix cells a side")
+    g.add_argument(
+        "--pick",
+        choices=("max", "min", "random"),
+        default="max",
+        help="the view a cell is taken from",
+    )
     g.add_argument("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
-    g.add_argument("--host-cutmix", action=flag, default=True, help="CutMix u1 and u2 before EntropyMix")
-    g.add_argument("--lambda-u", type=common.weight, default=1.0, help="weight of L_u, pseudo-labels")
-    g.add_argument("--alpha", type=common.weight, default=1.0, help="weight of L_feat, pixel relations")
-    g.add_argument("--beta", type=common.weight, default=1.0, help="weight of L_logit, distilled logits")
-    g.add_argument("--temperature", type=common.positive(float), default=1.0, help="t of L_logit")
+    g.add_argument(
+        "--host-cutmix", action=flag, default=True, help="CutMix u1 and u2 before EntropyMix"
+    )
+    g.add_argument(
+        "--lambda-u", type=common.WEIGHT, default=1.0, help="weight of L_u, pseudo-labels"
+    )
+    g.add_argument(
+        "--alpha", type=common.WEIGHT, default=1.0, help="weight of L_feat, pixel relations"
+    )
+    g.add_argument(
+        "--beta", type=common.WEIGHT, default=1.0, help="weight of L_logit, distilled logits"
+    )
+    g.add_argument("--temperature", type=common.POSITIVE, default=1.0, help="t of L_logit")
     return common.parse(p, argv)
 
 
@@ -88,7 +101,9 @@ def cells_to(second: Tensor, size: torch.Size) -> Tensor:
     return second[:, row][:, :, col]
 
 
-def mixed_image(u1: Tensor, u2: Tensor, box1: Tensor, box2: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def mixed_image(
+    u1: Tensor, u2: Tensor, box1: Tensor, box2: Tensor, second: Tensor
+) -> tuple[Tensor, Tensor]:
     """m, and box_m [B, H, W], True where a pixel of m is the partner's.
 
     Targets exist once per weak view, so mixing the two views' cut targets is cutting the target with box_m:
@@ -111,8 +126,12 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor) -> Tensor:
     f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Cells that are mostly padding are no row and no column of S.
     """
     pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # 4 at stride 4
-    f_t, f_m = (F.avg_pool2d(f.float(), pool, ceil_mode=True) for f in (f_t, f_m))  # [B, A, h/4, w/4]
-    cells = F.adaptive_avg_pool2d(valid_m[:, None].float(), f_m.shape[-2:]).flatten(1) > 0.5  # [B, N]
+    f_t, f_m = (
+        F.avg_pool2d(f.float(), pool, ceil_mode=True) for f in (f_t, f_m)
+    )  # [B, A, h/4, w/4]
+    cells = (
+        F.adaptive_avg_pool2d(valid_m[:, None].float(), f_m.shape[-2:]).flatten(1) > 0.5
+    )  # [B, N]
 
     def log_s(f: Tensor) -> Tensor:
         f = F.normalize(f.flatten(2), dim=1)
@@ -143,7 +162,10 @@ def main(argv: list[str] | None = None) -> None:
     model = run.distribute(net)
     head_lr = args.lr * args.head_lr_mult
     optimizer = run.optimizer(
-        [{"params": net.backbone.parameters(), "lr": args.lr}, {"params": net.head_parameters(), "lr": head_lr}]
+        [
+            {"params": net.backbone.parameters(), "lr": args.lr},
+            {"params": net.head_parameters(), "lr": head_lr},
+        ]
     )
 
     # ---- resume
@@ -162,7 +184,10 @@ def main(argv: list[str] | None = None) -> None:
         else:
             # Views (step 1): u, u1, u2 of one crop; host CutMix cuts u1 and u2 with boxes of their own.
             valid, u = batch["u_valid"], data.normalize(batch["u"])
-            u1, u2 = (data.normalize(v) for v in data.strong_views(batch["u"], batch["strong"], batch["order"]))
+            u1, u2 = (
+                data.normalize(v)
+                for v in data.strong_views(batch["u"], batch["strong"], batch["order"])
+            )
             box1, box2 = (data.rect_mask(b, *u.shape[-2:]) & args.host_cutmix for b in batch["box"])
 
             with torch.no_grad():
@@ -183,14 +208,20 @@ def main(argv: list[str] | None = None) -> None:
                         for z_v, b in zip(z[len(u) :].chunk(2), (box1, box2), strict=True)
                     )
                     if args.pick == "random":  # a coin of each sample, in place of its entropies
-                        coins = [data.rng(args.seed, "coin", step, p).random((n, n)) for p in run.positions]
+                        coins = [
+                            data.rng(args.seed, "coin", step, p).random((n, n))
+                            for p in run.positions
+                        ]
                         h2 = run.put(torch.tensor(np.stack(coins), dtype=h1.dtype))
                         h1 = torch.full_like(h2, 0.5)
                     second = cells_to(pick_view(h1, h2, args.pick), u.shape[-2:])
                 m, box_m = mixed_image(u1, u2, box1, box2, second)
 
                 # Targets (steps 3, 5): cut like m. c = max_k p_k, y_hat = argmax_k p_k
-                z_t, f_t = cutmix(z_u, box_m), cutmix(f_u, common.resize_mask(box_m, f_u.shape[-2:]))
+                z_t, f_t = (
+                    cutmix(z_u, box_m),
+                    cutmix(f_u, common.resize_mask(box_m, f_u.shape[-2:])),
+                )
                 valid_m = cutmix(valid, box_m)
                 confidence, pseudo_label = z_t.softmax(1).max(1)
                 keep = (confidence >= args.threshold) & valid_m
@@ -202,15 +233,25 @@ def main(argv: list[str] | None = None) -> None:
 
             # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)
             loss_x = common.supervised_loss(z_x, y, args.sup_loss)
-            loss_u = masked_mean(F.cross_entropy(z_m, pseudo_label, reduction="none"), keep, valid_m)
+            loss_u = masked_mean(
+                F.cross_entropy(z_m, pseudo_label, reduction="none"), keep, valid_m
+            )
             # L_logit, L_feat (steps 8, 9)
             loss_logit = logit_loss(z_t, z_m, valid_m, args.temperature)
             loss_feat = relation_loss(f_t, f_m, valid_m)
 
             # L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit) (step 10)
-            loss = 0.5 * (loss_x + args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit)
+            loss = 0.5 * (
+                loss_x + args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
+            )
             confident = masked_mean(torch.ones_like(confidence), keep, valid_m)
-            terms = {"loss": loss, "L_x": loss_x, "L_u": loss_u, "L_feat": loss_feat, "L_logit": loss_logit}
+            terms = {
+                "loss": loss,
+                "L_x": loss_x,
+                "L_u": loss_u,
+                "L_feat": loss_feat,
+                "L_logit": loss_logit,
+            }
             terms["confident"] = confident
 
         optimizer.zero_grad(set_to_none=True)
