@@ -1,19 +1,20 @@
-"""What the three methods share and no paper is about: flags, networks, process group, evaluation, run folder.
+"""What the methods share and no paper is about: flags, DeepLabV3+, process group, evaluation, runs.
 
 Dimension key: B images, C classes, H and W pixels, h and w cells of a feature map.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
-import pickle
 import resource
 import signal
 import sys
 import time
 import urllib.error
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -93,6 +94,7 @@ def make_parser(method: str, description: str) -> argparse.ArgumentParser:
     a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
     a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
     a("--threshold", type=WEIGHT, help="tau: confidence a pseudo-label needs, 0 to 1")
+    a("--ramp", type=WEIGHT, help="share of the run in which unlabelled terms grow from 0 to full")
     a("--labeled-only", action=flag, default=False, help="the supervised baseline, same steps")
     a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
     a("--compile", action=flag, default=False, help="torch.compile the networks")
@@ -117,18 +119,17 @@ def make_parser(method: str, description: str) -> argparse.ArgumentParser:
 
 
 def parse(
-    p: argparse.ArgumentParser, argv: list[str] | None = None, **method: object
+    p: argparse.ArgumentParser, argv: list[str] | None, **method: dict[str, object]
 ) -> argparse.Namespace:
-    """Parses in two goes: the data set and backbone choose the presets that the other flags default to.
+    """Parses in two goes: data set and backbone choose the presets that other flags default to.
 
     `method` overrides presets by data set name or "all", e.g. `all=dict(threshold=0.0)`.
     """
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--dataset")
     first.add_argument("--root", type=Path, default=Path("data"))
-    for name in ("--backbone", "--senior", "--junior"):
-        first.add_argument(name, default="")
     first.add_argument("--test-only", type=Path)
+    for name in ("--dataset", "--backbone", "--senior", "--junior"):
+        first.add_argument(name, default="")
     known = first.parse_known_args(argv)[0]
     if known.test_only and not known.dataset:
         known.dataset = load_checkpoint(known.test_only).get("dataset")
@@ -137,40 +138,34 @@ def parse(
         preset = data.PRESETS[dataset] | method.get("all", {}) | method.get(dataset, {})
         if any(b.startswith("dinov2") for b in (known.backbone, known.senior, known.junior)):
             preset |= data.DINOV2_PRESETS[dataset]
-        flags = {a.dest for a in p._actions}
-        p.set_defaults(dataset=dataset, **{k: v for k, v in preset.items() if k in flags})
+        p.set_defaults(dataset=dataset, **preset)
     return p.parse_args(argv)
 
 
-# --------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------- networks
 
 
 class CNN(nn.Sequential):
-    """torchvision's backbone as a row of its own stages, so that its state-dict keys are torchvision's.
+    """torchvision's backbone as a row of its own stages: its state-dict keys are torchvision's.
 
     forward: image [B, 3, H, W] to the stride-4 map and the last map (stride 16 or 8).
     """
 
-    grid, patch = (
-        16,
-        1,
-    )  # evaluation pads images to multiples of grid; crops must be multiples of patch
+    grid, patch = 16, 1  # evaluation pads images to multiples of grid, crops are multiples of patch
 
     def __init__(self, name: str, output_stride: int) -> None:
         net = getattr(models, name)(weights=None)
-        if name == "mobilenet_v2":
-            stages = list(
-                net.features[:18].named_children()
-            )  # without the 1280-channel classifier input
-            self_low, strided, low, deep = "3", {16: ("7",), 32: ("14", "15", "16", "17")}, 24, 320
-            strided[16] = ("7", "8", "9", "10", "11", "12", "13")
+        if name == "mobilenet_v2":  # without the last 1x1 to 1280 channels, a classifier's input
+            stages, self_low = list(net.features[:18].named_children()), "3"
+            stride_16, stride_32 = map(str, range(7, 14)), map(str, range(14, 18))
+            channels = (24, 320)
         else:
-            stages = list(net.named_children())[:-2]  # without pooling and classifier
-            self_low, strided = "layer1", {16: ("layer3",), 32: ("layer4",)}
-            low, deep = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
+            stages, self_low = list(net.named_children())[:-2], "layer1"  # no pooling, classifier
+            stride_16, stride_32 = ["layer3"], ["layer4"]
+            channels = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
         super().__init__(OrderedDict(stages))
-        self.low, self.channels = self_low, (low, deep)
-        for stride, names in strided.items():
+        self.low, self.channels = self_low, channels
+        for stride, names in ((16, stride_16), (32, stride_32)):
             if stride > output_stride:
                 _dilate([self.get_submodule(n) for n in names], stride // output_stride)
 
@@ -183,9 +178,9 @@ class CNN(nn.Sequential):
 
 
 def _dilate(stages: list[nn.Module], dilation: int) -> None:
-    """Keeps the resolution of stages that would halve it: stride 1, and 3x3 kernels spread by `dilation`.
+    """Stages that would halve the resolution keep it: stride 1, 3x3 kernels spread by `dilation`.
 
-    The convolution that had the stride keeps the previous spread, as torchvision's dilated ResNets do.
+    The convolution that had the stride keeps the spread before it, as in torchvision's ResNets.
     """
     for conv in (m for stage in stages for m in stage.modules() if isinstance(m, nn.Conv2d)):
         spread = dilation // 2 if conv.stride == (2, 2) else dilation
@@ -199,26 +194,25 @@ def _conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-def upsample(z: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear with aligned corners, as the published baselines do; [B, C, h, w] to [B, C, *size] in float32."""
+def upsample(z: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear with aligned corners, as the baselines: [B, C, h, w] to [B, C, *size] in float32."""
     return F.interpolate(z.float(), size, mode="bilinear", align_corners=True)
 
 
 class Segmenter(nn.Module):
-    """A backbone, a decoder and a 1x1 classifier. Parameters that are not the backbone's are the head's."""
+    """A backbone, `decode`, and a 1x1 classifier; what is not the backbone is the head.
 
-    backbone: nn.Module
-    classifier: nn.Conv2d
-    config: dict  # what `build_network` needs to build it again
+    `config` is what `build_network` needs to build it again.
+    """
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image [B, 3, H, W] to decoder-size logits [B, C, h, w], the classifier's input f, the last backbone map."""
+        """Image [B, 3, H, W] to logits z [B, C, h, w], the classifier's input f, the last map."""
         maps = self.backbone(x)
         f = self.decode(maps)
         return self.classifier(f), f, maps[-1]
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits [B, C, H, W] at input size in float32; with `features` also f and the last backbone map."""
+        """Logits [B, C, H, W] at input size, float32; with `features` also f and the last map."""
         z, f, deep = self.parts(x)
         z = upsample(z, x.shape[-2:])
         return (z, f, deep) if features else z
@@ -230,10 +224,10 @@ class Segmenter(nn.Module):
 
 
 class DeepLabV3Plus(Segmenter):
-    """DeepLabV3+ (Chen et al., 2018): ASPP on the last map, a 48-channel low-level branch, two 3x3 convolutions.
+    """DeepLabV3+ (Chen et al., 2018): ASPP, 48 low-level channels, two 3x3 convolutions.
 
-    f is [B, 256, h, w] at stride 4 (14 on DINOv2's patches). ASPP is torchvision's without its dropout, so that a
-    forward has no randomness of its own.
+    f is [B, 256, h, w] at stride 4, on DINOv2's patches 14. ASPP is torchvision's without its
+    dropout: a forward has no randomness of its own.
     """
 
     def __init__(self, backbone: str, num_classes: int, output_stride: int = 16) -> None:
@@ -268,7 +262,7 @@ class DPT(Segmenter):
 def build_network(
     backbone: str, num_classes: int, output_stride: int = 16, decoder: str = "deeplab"
 ) -> Segmenter:
-    """The network of the flags --backbone, --output-stride, --decoder, or of a best.pt's `config`."""
+    """The network of --backbone, --output-stride and --decoder, or of a best.pt's `config`."""
     if decoder == "deeplab":
         return DeepLabV3Plus(backbone, num_classes, output_stride)
     if backbone not in dinov2.SIZES:
@@ -276,60 +270,39 @@ def build_network(
     return DPT(backbone, num_classes)
 
 
-def load_checkpoint(path: Path) -> dict:
-    """torch.load with weights_only=True: tensors and plain values, never code. InputError otherwise."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
-        raise InputError(
-            f"{path}: not a loadable checkpoint ({reason}); give a file of tensors only"
-        ) from None
-    if not isinstance(found, dict):
-        raise InputError(
-            f"{path}: holds a {type(found).__name__}, not a state dict; give another file"
-        )
-    return found
+def load_weights(net: Segmenter, name: str, weights: str) -> str:
+    """Loads backbone weights: imagenet, none, or a file. Returns a line that counts the keys.
 
-
-def load_weights(net: DeepLabV3Plus, name: str, weights: str) -> str:
-    """Loads backbone weights: imagenet, none, or a file. Returns a line with matched, missing, unexpected keys.
-
-    A wrapping {"net": ...} and the prefixes module., backbone., features. are looked through; classifier keys
-    are left aside. InputError when a backbone key is missing or of another shape.
+    Looks through a wrapping {"net": ...} and the prefixes module., backbone., features.; leaves
+    classifier keys aside. InputError when a backbone key is missing or of another shape.
     """
     if weights == "none":
         return f"{name}: random weights"
-    if weights == "imagenet":
-        state = _download_weights(name)
-    else:
-        state = load_checkpoint(Path(weights))
+    fetched = weights == "imagenet"
+    state = _download_weights(name) if fetched else load_checkpoint(Path(weights))
     for wrap in ("state_dict", "model", "net"):
         state = state[wrap] if isinstance(state.get(wrap), dict) else state
     for prefix in ("module.", "backbone.", "features."):
         if any(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     own = net.backbone.state_dict()
-    matched = {
-        k: v for k, v in state.items() if k in own and getattr(v, "shape", None) == own[k].shape
-    }
-    missing = [k for k in own if k not in matched and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in own]
-    line = f"{name}: weights {weights}: {len(matched)} keys matched, {len(missing)} missing, {len(unexpected)} unexpected"
+    same = {k: v for k, v in state.items() if k in own and getattr(v, "shape", 0) == own[k].shape}
+    missing = [k for k in own if k not in same and not k.endswith("num_batches_tracked")]
+    others = sum(k not in own for k in state)
+    line = f"{name}: weights {weights}: {len(same)} keys matched, {len(missing)} missing"
+    line += f", {others} unexpected"
     if missing:
         k = missing[0]
-        was = (
-            f"shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}" if k in state else "missing"
-        )
+        was = f"of shape {tuple(state[k].shape)}" if hasattr(state.get(k), "shape") else "missing"
         raise InputError(
-            f"{line}; e.g. {k} is {was}: the file is of another architecture; give one of {name}"
+            f"{line}; {k} {tuple(own[k].shape)} is {was}: another architecture; give one of {name}"
         )
-    net.backbone.load_state_dict(matched, strict=False)
+    net.backbone.load_state_dict(same, strict=False)
     return line
 
 
 def _download_weights(name: str) -> dict:
-    """torch.hub's file cache does the work; one process of a machine downloads, the others find the file."""
+    """torch.hub caches the file; one process of a machine fetches it, the others then find it."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         dist.barrier()
@@ -340,14 +313,14 @@ def _download_weights(name: str) -> dict:
         return models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=first)
     except (urllib.error.URLError, OSError, RuntimeError) as e:
         raise InputError(
-            f"--weights imagenet: {name} could not be fetched ({e}); give a FILE or none"
+            f"--weights imagenet: {name} cannot be fetched ({e}); give a FILE or none"
         ) from None
     finally:
         if first and dist.is_initialized():
             dist.barrier()
 
 
-# --------------------------------------------------------------------------- process group and precision
+# -------------------------------------------------------------------------- ranks and precision
 
 
 def rank_world() -> tuple[int, int]:
@@ -355,606 +328,17 @@ def rank_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """The context of forward passes for --amp bf16, fp16 or off."""
-    dtype = torch.bfloat16 if amp == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype, enabled=amp != "off")
-
-
-def rank_sum(t: Tensor) -> Tensor:
-    """Sum of a tensor over ranks, no gradient."""
-    if not dist.is_initialized():
-        return t.detach()
-    t = t.detach().clone()
-    dist.all_reduce(t)
-    return t
-
-
-def rank_mean(t: Tensor) -> Tensor:
-    """Mean of a tensor over ranks, no gradient.
-
-    A loss is a sum over this rank's pixels divided by `rank_mean` of the pixel count: DDP then averages the
-    gradients of the ranks to that of the global mean, also where the counts differ.
-    """
-    return rank_sum(t) / rank_world()[1]
-
-
-def resize_mask(mask: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Nearest cells of a bool map: [B, H, W] to [B, *size]."""
-    return F.interpolate(mask[:, None].float(), size, mode="nearest")[:, 0] > 0.5
-
-
-def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
-    """sum(a * keep) / max(sum(valid), 1) over all ranks (notation): few confident pixels make a small loss."""
-    return (a * keep).sum() / rank_mean(valid.sum()).clamp_min(1)
-
-
-def supervised_loss(
-    z: Tensor, y: Tensor, kind: str, thresh: float = 0.7, min_kept: int = 200_000
-) -> Tensor:
-    """CE over the labelled pixels of the global batch; z [B, C, H, W] float32, y [B, H, W], 255 ignored.
-
-    kind "ohem" keeps the pixels whose true class has a probability of at most `thresh`, or of at most the
-    min_kept-th smallest of the global batch where those would be fewer than min_kept.
-    """
-    ce = F.cross_entropy(z, y, ignore_index=data.IGNORE, reduction="none")  # [B, H, W]
-    keep = valid = y != data.IGNORE
-    if kind == "ohem":
-        p = torch.where(valid, torch.exp(-ce.detach()), 1.0).flatten()
-        if dist.is_initialized():
-            everyone = [torch.empty_like(p) for _ in range(dist.get_world_size())]
-            dist.all_gather(everyone, p)
-            kth = torch.cat(everyone)
-        else:
-            kth = p
-        kth = kth.kthvalue(min(min_kept, len(kth))).values
-        keep = valid & (p.view_as(ce) <= kth.clamp_min(thresh))
-    return masked_mean(ce, keep, keep)
-
-
-# --------------------------------------------------------------------------- evaluation
-
-
-@torch.no_grad()
-def predict(net: nn.Module, image: Tensor, args: argparse.Namespace) -> Tensor:
-    """Scores [B, C, H, W] whose argmax is the prediction; image [B, 3, H, W] normalised, sides on the grid.
-
-    Whole image: logits. Sliding windows and --tta: sums of softmax over windows, flips and scales.
-    """
-    if not args.tta:
-        return _slide(net, image, args.crop_size) if args.eval_mode == "slide" else net(image)
-    total = 0
-    for scale in (0.75, 1.0, 1.25):
-        grid = net.backbone.grid
-        size = [max(1, round(s * scale / grid)) * grid for s in image.shape[-2:]]
-        scaled = F.interpolate(image, size, mode="bilinear", align_corners=False)
-        for view in (scaled, scaled.flip(-1)):
-            z = (
-                _slide(net, view, args.crop_size)
-                if args.eval_mode == "slide"
-                else net(view).softmax(1)
-            )
-            total = total + upsample(z if view is scaled else z.flip(-1), image.shape[-2:])
-    return total
-
-
-def _slide(net: nn.Module, image: Tensor, crop: int) -> Tensor:
-    """Softmax summed over windows of the crop size, 2/3 of it apart, the last ones shifted inside."""
-    height, width = image.shape[-2:]
-    image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
-    tops, lefts = (
-        [min(i * (crop * 2 // 3), n - crop) for i in range(-(-(n - crop) // (crop * 2 // 3)) + 1)]
-        for n in image.shape[-2:]
-    )
-    total = None
-    for top in tops:
-        for left in lefts:
-            p = net(image[:, :, top : top + crop, left : left + crop]).softmax(1)
-            total = (
-                image.new_zeros(*p.shape[:2], *image.shape[-2:], dtype=p.dtype)
-                if total is None
-                else total
-            )
-            total[:, :, top : top + crop, left : left + crop] += p
-    return total[:, :, :height, :width]
-
-
-def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
-    """[C, C] int64, row = label, column = prediction; ignored pixels are left out."""
-    cell = torch.where(label == data.IGNORE, num_classes**2, label * num_classes + prediction)
-    return torch.bincount(cell.flatten(), minlength=num_classes**2 + 1)[:-1].view(
-        num_classes, num_classes
-    )
-
-
-def iou_of(confusion: Tensor) -> tuple[float, list[float | None]]:
-    """mIoU over the classes present in labels or predictions, and IoU per class (None = absent), in percent."""
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    iou = [
-        100 * i / u if u else None
-        for i, u in zip(confusion.diagonal().tolist(), union.tolist(), strict=True)
-    ]
-    present = [v for v in iou if v is not None]
-    return sum(present) / max(len(present), 1), iou
-
-
-@torch.no_grad()
-def evaluate(
-    nets: dict[str, nn.Module],
-    val: list[data.Item],
-    classes: int,
-    args: argparse.Namespace,
-    device: torch.device,
-    write: Callable[[dict, Tensor], None] | None = None,
-) -> dict[str, Tensor]:
-    """Confusion matrices [C, C] of networks over the val images, each image once however many ranks there are.
-
-    Batches are made of the whole set, then dealt to the ranks: their content does not depend on the number of
-    ranks, so neither does rounding. `write(batch, prediction)` gets what the first network says of each batch.
-    """
-    first = next(iter(nets.values()))
-    rank, world = rank_world()
-    modes = {name: net.training for name, net in nets.items()}
-    total = {name: torch.zeros(classes, classes, dtype=torch.int64, device=device) for name in nets}
-    benchmark, torch.backends.cudnn.benchmark = (
-        torch.backends.cudnn.benchmark,
-        False,
-    )  # sizes vary: no tuning
-    for net in nets.values():
-        net.eval()
-    batches = data.ValBatches(val, classes, first.backbone.grid)
-    for batch in data.val_batches(batches, rank, world, args.workers, device):
-        for name, net in nets.items():
-            with autocast(args.amp, device):
-                prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
-            total[name] += confusion_matrix(prediction, batch["label"], classes)
-            if write and net is first:
-                write(batch, prediction)
-    for name, net in nets.items():
-        net.train(modes[name])
-        if dist.is_initialized():
-            dist.all_reduce(total[name])
-    torch.backends.cudnn.benchmark = benchmark
-    return total
-
-
-def picture(image: Tensor, *labels: Tensor) -> np.ndarray:
-    """A normalised image [3, H, W] and class maps [H, W] side by side as [H, n W, 3] uint8."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
-    rgb = ((image.cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    return np.concatenate(
-        [rgb, *(data.colorize(m.cpu().numpy().astype(np.uint8)) for m in labels)], 1
-    )
-
-
-def save_predictions(folder: Path) -> Callable[[dict, Tensor], None]:
-    """A `write` for `evaluate`: DIR/<id>.png holds class indices, DIR/<id>_overlay.png image and colours."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write(batch: dict, prediction: Tensor) -> None:
-        for image, label, (h, w), name in zip(
-            batch["image"], prediction, batch["size"], batch["id"], strict=True
-        ):
-            classes = label[:h, :w].cpu().numpy().astype(np.uint8)
-            Image.fromarray(classes).save(folder / f"{name}.png")
-            rgb, colors = (
-                Image.fromarray(picture(image[:, :h, :w])),
-                Image.fromarray(data.colorize(classes)),
-            )
-            Image.blend(rgb, colors, 0.5).save(folder / f"{name}_overlay.png")
-
-    return write
-
-
-def test(args: argparse.Namespace) -> None:
-    """--test-only: evaluates the network of a best.pt on the val images of --dataset, without a run's folder."""
-    device = start_process(args)
-    saved = load_checkpoint(args.test_only)
-    source = data.load_source(args.dataset, args.root)
-    try:
-        net = build_network(**saved["config"])
-        net.load_state_dict(saved["net"])
-    except (KeyError, TypeError, RuntimeError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(
-            f"{args.test_only}: not a best.pt of this project ({reason}); give one"
-        ) from None
-    if saved["classes"] != source.classes:
-        raise InputError(
-            f"{args.test_only}: trained on the {len(saved['classes'])} classes of {saved['dataset']}, but "
-            f"{args.dataset} has {len(source.classes)} and others; evaluate it on its own data set"
-        )
-    net = net.to(device, memory_format=torch.channels_last)
-    write = save_predictions(args.save_predictions) if args.save_predictions else None
-    miou, iou = iou_of(
-        evaluate({"net": net}, source.val, len(source.classes), args, device, write)["net"]
-    )
-    if rank_world()[0] == 0:
-        for name, value in zip(source.classes, iou, strict=True):
-            print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
-        print(
-            f"mIoU {miou:.2f} on {len(source.val)} images · {args.test_only} of step {saved['step']}"
-        )
-    end_process()
-
-
-# --------------------------------------------------------------------------- the run
-
-
-class RunError(Exception):
-    """A run that cannot go on. The message is one line; what was saved stays as it is."""
-
-
-class Run:
-    """A run's process and folder: device, split, log, checkpoints, evaluation. What is learnt is not in here."""
-
-    # flags that may differ between the parts of a resumed run, as they do not change its result
-    FREE = ("out", "root", "workers", "save_every", "resume", "overwrite", "compile")
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        """Joins the process group, reads the split, and resolves the flags that depend on either."""
-        self.args = args
-        self.rank, self.world = rank_world()
-        self.device = start_process(args)
-        source = data.load_source(args.dataset, args.root)
-        self.split = data.make_split(source, args.split, args.split_seed, args.protocol)
-        if not (self.split.unlabeled or args.labeled_only):
-            raise InputError(
-                f"--split {args.split}: leaves no unlabelled image; take fewer, or --labeled-only"
-            )
-        epoch = max(1, len(self.split.unlabeled or self.split.labeled) // args.batch_size)
-        args.iters = args.iters or args.epochs * epoch
-        args.eval_every, args.save_every = args.eval_every or epoch, args.save_every or epoch
-        name = Path(args.split).name if Path(args.split).is_dir() else args.split.replace("/", "-")
-        method = args.method + "-labeled" * args.labeled_only
-        args.out = args.out or Path("runs") / f"{method}-{args.dataset}-{name}-s{args.seed}"
-        share = args.batch_size // self.world
-        self.positions = range(self.rank * share, (self.rank + 1) * share)  # in the global batch
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
-        self.state: dict[str, object] = {
-            "scaler": self.scaler
-        }  # what a checkpoint holds; `resume` adds to it
-        self.rows: list[Tensor] = []  # train terms that no log line holds yet, on the device
-        self.names: list[str] = []
-        self.best, self.best_step, self.last = -1.0, 0, -1.0
-        self.log_file = self.bar = self.board = self.vote = None
-        self.signal = 0
-        self.say(self.split.line)
-
-    def say(self, line: str) -> None:
-        """Prints a line on rank 0, above the bar if there is one."""
-        if self.rank == 0:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-    def autocast(self) -> torch.autocast:
-        """The precision of forward passes; losses, softmax and EMA stay outside, in float32."""
-        return autocast(self.args.amp, self.device)
-
-    def place(self, net: nn.Module) -> nn.Module:
-        """Moves a network to the device, channels_last; SyncBN over CUDA ranks; --compile."""
-        crop, patch = self.args.crop_size, net.backbone.patch
-        if crop < 32 or crop % patch:
-            backbone = net.config["backbone"]
-            raise InputError(
-                f"--crop-size {crop}: {backbone} needs a multiple of {patch} from {-(-32 // patch) * patch} on"
-            )
-        if self.device.type == "cuda" and self.world > 1:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        net = net.to(self.device, memory_format=torch.channels_last)
-        if self.args.compile:
-            net.compile()
-        return net
-
-    def distribute(self, net: nn.Module) -> nn.Module:
-        """DDP over the ranks, or the network itself without torchrun."""
-        if not dist.is_initialized():
-            return net
-        ids = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            net, device_ids=ids, gradient_as_bucket_view=True
-        )
-
-    def optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
-        """SGD with momentum 0.9 or AdamW over the script's parameter groups."""
-        for group in groups:
-            group["initial_lr"] = group["lr"]
-        if self.args.optimizer == "adamw":
-            return torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
-        return torch.optim.SGD(groups, momentum=0.9, weight_decay=self.args.weight_decay)
-
-    def put(self, t: Tensor) -> Tensor:
-        """A tensor of the host on the device, without waiting for it."""
-        return (t.pin_memory() if self.device.type == "cuda" else t).to(
-            self.device, non_blocking=True
-        )
-
-    def batches(self, start: int) -> Iterator[dict]:
-        """This rank's share of the training batches from step `start` on (data.TrainBatches)."""
-        train_set = data.TrainBatches(self.split, self.args, self.rank, self.world)
-        return data.train_batches(train_set, start, self.args.workers, self.device)
-
-    def set_lr(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """The polynomial schedule: lr (1 - t/T)^0.9 with t = `step` from 0."""
-        poly = (1 - step / self.args.iters) ** 0.9
-        self.lr = self.args.lr * poly
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * poly
-
-    # ---- resume
-
-    def resume(self, **state: object) -> int:
-        """Takes what a checkpoint shall hold besides this run's own state; returns the step to go on from.
-
-        Goes on from latest.pt in --out if its flags and lists agree; else starts anew in an empty folder.
-        """
-        self.state |= state
-        out, args = self.args.out, self.args
-        found = [out / n for n in ("latest.pt", "latest.prev.pt") if (out / n).exists()]
-        step, log_bytes = 0, 0
-        if args.overwrite:
-            if self.rank == 0:
-                for path in (*found, out / "best.pt", out / "log.jsonl"):
-                    path.unlink(missing_ok=True)
-        elif found and args.resume == "none":
-            raise InputError(
-                f"{out}: holds a run already; give another --out, --resume auto, or --overwrite"
-            )
-        elif found:
-            saved = self._load_latest(found)
-            self._compare(saved)
-            for name, value in self.state.items():
-                value.load_state_dict(saved[name])
-            step, log_bytes, self.names = saved["step"], saved["log_bytes"], saved["names"]
-            self.rows = [row.to(self.device) for row in saved["rows"]]
-            self.best, self.best_step, self.last = saved["best"], saved["best_step"], saved["last"]
-            self.say(f"resumed from {found[0]} at step {step}")
-        self.clock = time.perf_counter()
-        self.since = step
-        if self.rank == 0:
-            self._open_log(log_bytes)
-            bar = sys.stderr.isatty()
-            self.bar = tqdm(
-                total=args.iters, initial=step, disable=not bar, dynamic_ncols=True, unit="step"
-            )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        if dist.is_initialized():
-            dist.barrier()  # no rank reads latest.pt after another has overwritten it
-        return step
-
-    def _load_latest(self, found: list[Path]) -> dict:
-        for k, path in enumerate(found):
-            try:
-                return load_checkpoint(path)
-            except InputError as e:
-                if k + 1 == len(found):
-                    raise
-                self.say(f"{e}; going back to {found[k + 1]}")
-
-    def _flags(self) -> dict:
-        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        return {k: v for k, v in flags.items() if k not in self.FREE}
-
-    def _compare(self, saved: dict) -> None:
-        mine = self._flags() | {"lists": self.split.hash}
-        differ = [
-            f"--{k.replace('_', '-')} was {saved['flags'].get(k)}, is {v}"
-            for k, v in mine.items()
-            if saved["flags"].get(k) != v
-        ]
-        if differ:
-            raise InputError(
-                f"{self.args.out}: holds a run with other flags: {'; '.join(differ)}; "
-                "give the same flags, another --out, or --overwrite"
-            )
-
-    def _open_log(self, log_bytes: int) -> None:
-        out = self.args.out
-        try:
-            (out / "preview").mkdir(parents=True, exist_ok=True)
-            flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-            (out / "args.json").write_text(json.dumps(flags, indent=1) + "\n")
-            self.log_file = open(out / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
-            end = self.log_file.seek(0, os.SEEK_END)
-            self.log_file.truncate(min(log_bytes, end))  # lines of steps that are run again
-            self.log_file.seek(0, os.SEEK_END)
-        except OSError as e:
-            raise RunError(
-                f"{out}: cannot be written ({e.strerror}); free or change --out"
-            ) from None
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(out)
-
-    # ---- one step's end
-
-    def step_done(self, step: int, nets: dict[str, nn.Module], terms: dict[str, Tensor]) -> None:
-        """After step `step` (from 0): writes the log line, evaluates and saves where due, stops at a signal.
-
-        `terms` are scalars, kept on the device until a log line is due. `nets` are evaluated; the first is the
-        one for inference, whose mIoU decides on best.pt.
-        """
-        self.names = list(terms)
-        self.rows.append(torch.stack([t.detach().float() for t in terms.values()]))
-        done, args = step + 1, self.args
-        last, stop = done == args.iters, self._stop()
-        if self.bar is not None:
-            self.bar.update()
-        if done % args.log_every == 0 or last:
-            self._train_line(done)
-        if done % args.eval_every == 0 or last:
-            self._check(done)
-            self._eval_line(done, nets)
-        if done % args.save_every == 0 or last or stop:
-            self._check(done)
-            self._save(done)
-        if stop and not last:
-            self.say(
-                f"stopped by signal {stop} after step {done}; the same command goes on from there"
-            )
-            raise SystemExit(128 + stop)
-
-    def _check(self, done: int) -> None:
-        """Averages the pending terms over ranks; a term that is not finite ends the run, nothing is saved."""
-        if not self.rows:
-            return
-        rows = rank_mean(torch.stack(self.rows))
-        self.rows = list(rows)
-        bad = (~rows.isfinite()).nonzero().tolist()
-        if bad:
-            row, term = bad[0]
-            raise RunError(
-                f"step {done - len(rows) + row + 1}: {self.names[term]} is {rows[row, term].item()}; "
-                f"stopped, {self.args.out}/latest.pt is the last good checkpoint; try a smaller --lr or --amp off"
-            )
-
-    def _train_line(self, done: int) -> None:
-        self._check(done)
-        means = torch.stack(self.rows).mean(0).tolist()
-        self.rows = []
-        images = (done - self.since) * self.args.batch_size * (1 if self.args.labeled_only else 2)
-        now = time.perf_counter()
-        line = {
-            "step": done,
-            **{n: float(f"{m:.6g}") for n, m in zip(self.names, means, strict=True)},
-        }
-        line["lr"] = float(f"{self.lr:.6g}")
-        line["images_s"] = round(images / max(now - self.clock, 1e-9), 2)
-        line["memory_gb"] = round(peak_memory(self.device) / 2**30, 3)
-        self.clock, self.since = now, done
-        self._write("train", line)
-
-    def _write(self, kind: str, line: dict) -> None:
-        if self.rank:
-            return
-        try:
-            self.log_file.write((json.dumps({"kind": kind, **line}) + "\n").encode())
-        except OSError as e:
-            raise RunError(
-                f"{self.args.out}/log.jsonl: cannot be written ({e.strerror}); free space"
-            ) from None
-        scalars = {k: v for k, v in line.items() if isinstance(v, float) and k != "step"}
-        if self.board:
-            for name, value in scalars.items():
-                self.board.add_scalar(f"{kind}/{name}", value, line["step"])
-        said = " ".join(f"{k} {v:.4g}" for k, v in scalars.items())
-        if self.bar.disable or kind == "eval":
-            self.say(f"{kind} {line['step']}/{self.args.iters} {said}")
-        else:
-            self.bar.set_postfix_str(said)
-
-    def _eval_line(self, done: int, nets: dict[str, nn.Module]) -> None:
-        begin, line = time.perf_counter(), {"step": done}
-        matrices = evaluate(nets, self.split.val, len(self.split.classes), self.args, self.device)
-        for k, (name, confusion) in enumerate(matrices.items()):
-            miou, iou = iou_of(confusion)
-            line["miou" if k == 0 else f"miou_{name}"] = round(miou, 4)
-            if k == 0:
-                self.last = miou
-                line["iou"] = {
-                    c: v and round(v, 4) for c, v in zip(self.split.classes, iou, strict=True)
-                }
-        first = next(iter(nets.values()))
-        if self.last > self.best:
-            self.best, self.best_step = self.last, done
-            if self.rank == 0:
-                best = {
-                    "net": first.state_dict(),
-                    "config": first.config,
-                    "classes": list(self.split.classes),
-                }
-                best |= {"dataset": self.args.dataset, "mean": data.MEAN, "std": data.STD}
-                save_file(best | {"step": done, "miou": self.last}, self.args.out / "best.pt")
-        self._write("eval", line)
-        if self.rank == 0:
-            self._preview(first, done)
-        self.clock += time.perf_counter() - begin  # images/s is of training
-
-    @torch.no_grad()
-    def _preview(self, net: nn.Module, done: int) -> None:
-        """preview/<step>.png: image, ground truth, prediction of the first four val images."""
-        net.eval()
-        rows = []
-        for item in self.split.val[:4]:
-            one = data.ValBatches([item], len(self.split.classes), net.backbone.grid)
-            batch = next(data.val_batches(one, 0, 1, 0, self.device))
-            with self.autocast():
-                prediction = predict(net, batch["image"], self.args).argmax(1)
-            (h, w), label = batch["size"][0], batch["label"]
-            rows.append(picture(*(t[0, ..., :h, :w] for t in (batch["image"], label, prediction))))
-        net.train()
-        width = max(row.shape[1] for row in rows)
-        rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
-        Image.fromarray(np.concatenate(rows)).save(self.args.out / f"preview/{done:06d}.png")
-
-    def _save(self, done: int) -> None:
-        """latest.pt with all state; the one before stays as latest.prev.pt."""
-        if self.rank:
-            return
-        latest = self.args.out / "latest.pt"
-        state = {name: value.state_dict() for name, value in self.state.items()}
-        state |= {
-            "flags": self._flags() | {"lists": self.split.hash},
-            "step": done,
-            "names": self.names,
-        }
-        state |= {"best": self.best, "best_step": self.best_step, "last": self.last}
-        state |= {"rows": self.rows, "log_bytes": self.log_file.tell()}
-        save_file(state, latest, keep=self.args.out / "latest.prev.pt")
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        self.signal = number
-
-    def _stop(self) -> int:
-        """The signal to stop at, the same on all ranks, or 0.
-
-        Ranks vote each step without waiting for the device: the vote that is read is the one of the step before.
-        """
-        if not dist.is_initialized():
-            return self.signal
-        before, flag = self.vote, torch.tensor([self.signal])
-        self.vote = (flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True))
-        if before is None:
-            return 0
-        before[1].wait()
-        return int(before[0])
-
-    def finish(self) -> None:
-        """The last line, and the end of the process group."""
-        self.say(
-            f"mIoU last {self.last:.2f} · best {self.best:.2f} at step {self.best_step} · {self.args.out}"
-        )
-        if self.bar is not None:
-            self.bar.close()
-        end_process()
-
-
-# --------------------------------------------------------------------------- process, files, exit
-
-
 def start_process(args: argparse.Namespace) -> torch.device:
-    """Joins the process group, if torchrun made one, and returns the device; settles --amp and --workers."""
-    world = rank_world()[1]
-    share = args.batch_size // world
-    if args.batch_size % world or share % 2:
-        raise InputError(
-            f"--batch-size {args.batch_size} on {world} ranks: each needs an even share, as CutMix pairs "
-            f"neighbours; take a multiple of {2 * world}"
-        )
+    """Joins torchrun's process group if there is one; settles --amp and --workers, seeds torch."""
     cuda = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    )
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
         # gloo beside nccl carries the vote on signals, which must not wait for the GPU
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10)
-        )
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else 4
     if args.amp is None:
@@ -970,6 +354,524 @@ def end_process() -> None:
         dist.destroy_process_group()
 
 
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    """The precision of forward passes; losses, softmax and EMA stay outside, in float32."""
+    dtype = torch.bfloat16 if amp == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype, enabled=amp != "off")
+
+
+def rank_sum(t: Tensor) -> Tensor:
+    """Sum of a tensor over ranks, no gradient."""
+    t = t.detach()
+    if dist.is_initialized():
+        t = t.clone()
+        dist.all_reduce(t)
+    return t
+
+
+def rank_mean(t: Tensor) -> Tensor:
+    """Mean of a tensor over ranks, no gradient.
+
+    A loss is a sum over this rank's pixels divided by `rank_mean` of the pixel count: DDP then
+    averages the ranks' gradients to that of the global mean, also where the counts differ.
+    """
+    return rank_sum(t) / rank_world()[1]
+
+
+def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest cells of a bool map: [B, H, W] to [B, *size]."""
+    return F.interpolate(mask[:, None].float(), size, mode="nearest")[:, 0] > 0.5
+
+
+def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
+    """sum(a keep) / max(sum(valid), 1) over all ranks: few confident pixels make a small loss."""
+    return (a * keep).sum() / rank_mean(valid.sum()).clamp_min(1)
+
+
+def supervised_loss(
+    z: Tensor, y: Tensor, kind: str, thresh: float = 0.7, least: int = 200_000
+) -> Tensor:
+    """CE over the labelled pixels of the global batch; z [B, C, H, W], y [B, H, W], 255 ignored.
+
+    kind "ohem" keeps the pixels whose true class has a probability of at most `thresh`, or the
+    `least` pixels of the global batch with the lowest where those would be fewer.
+    """
+    ce = F.cross_entropy(z, y, ignore_index=data.IGNORE, reduction="none")  # [B, H, W]
+    keep = y != data.IGNORE
+    if kind == "ohem":
+        p = torch.where(keep, torch.exp(-ce.detach()), 1.0)
+        everyone = [p]
+        if dist.is_initialized():
+            everyone = [torch.empty_like(p) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyone, p)
+        everyone = torch.cat(everyone).flatten()
+        kth = everyone.kthvalue(min(least, len(everyone))).values
+        keep = keep & (p <= kth.clamp_min(thresh))
+    return masked_mean(ce, keep, keep)
+
+
+# ---------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def predict(net: Segmenter, image: Tensor, args: argparse.Namespace) -> Tensor:
+    """Scores [B, C, H, W] whose argmax is the prediction; image [B, 3, H, W] on the net's grid.
+
+    Whole image: logits. Sliding windows and --tta: softmax summed over windows, flips, scales.
+    """
+    slide = args.eval_mode == "slide"
+    if not args.tta:
+        return _slide(net, image, args.crop_size) if slide else net(image)
+    total, grid = 0, net.backbone.grid
+    for scale in (0.75, 1.0, 1.25):
+        size = [max(1, round(s * scale / grid)) * grid for s in image.shape[-2:]]
+        scaled = F.interpolate(image, size, mode="bilinear", align_corners=False)
+        for flips in ([], [-1]):
+            view = scaled.flip(flips)
+            p = _slide(net, view, args.crop_size) if slide else net(view).softmax(1)
+            total = total + upsample(p.flip(flips), image.shape[-2:])
+    return total
+
+
+def _slide(net: Segmenter, image: Tensor, crop: int) -> Tensor:
+    """Softmax summed over windows of the crop size, 2/3 of it apart, the last shifted inside."""
+    height, width = image.shape[-2:]
+    image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
+    stride = crop * 2 // 3
+    tops, lefts = (
+        [min(i * stride, n - crop) for i in range(math.ceil((n - crop) / stride) + 1)]
+        for n in image.shape[-2:]
+    )
+    total = 0
+    for top, left in itertools.product(tops, lefts):
+        p = net(image[:, :, top : top + crop, left : left + crop]).softmax(1)
+        h, w = image.shape[-2:]
+        total = total + F.pad(p, (left, w - left - crop, top, h - top - crop))
+    return total[:, :, :height, :width]
+
+
+def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
+    """[C, C] int64, row = label, column = prediction; ignored pixels are left out."""
+    cell = torch.where(label == data.IGNORE, classes**2, label * classes + prediction)
+    return torch.bincount(cell.flatten(), minlength=classes**2 + 1)[:-1].view(classes, classes)
+
+
+def iou_of(confusion: Tensor) -> tuple[float, list[float | None]]:
+    """mIoU over classes present in labels or predictions, IoU per class (None: absent), percent."""
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    pairs = zip(confusion.diagonal().tolist(), union.tolist(), strict=True)
+    iou = [100 * i / u if u else None for i, u in pairs]
+    present = [v for v in iou if v is not None]
+    return sum(present) / max(len(present), 1), iou
+
+
+@torch.no_grad()
+def evaluate(
+    nets: dict[str, Segmenter],
+    split: data.Source | data.Split,
+    args: argparse.Namespace,
+    device: torch.device,
+    write: Callable[[dict, Tensor], None] | None = None,
+) -> dict[str, Tensor]:
+    """Confusion matrices [C, C] of networks over the val images, each once over all ranks.
+
+    Batches are made of the whole set, then dealt to the ranks: as their content does not depend
+    on the number of ranks, neither does rounding. `write` gets the first network's predictions.
+    """
+    (rank, world), classes = rank_world(), len(split.classes)
+    first = next(iter(nets.values()))
+    modes = [net.training for net in nets.values()]
+    total = {n: torch.zeros(classes, classes, dtype=torch.int64, device=device) for n in nets}
+    cudnn = torch.backends.cudnn
+    tuning, cudnn.benchmark = cudnn.benchmark, False  # sizes vary: tuning for each would cost more
+    for net in nets.values():
+        net.eval()
+    batches = data.ValBatches(split.val, classes, first.backbone.grid)
+    for batch in data.val_batches(batches, rank, world, args.workers, device):
+        for name, net in nets.items():
+            with autocast(args.amp, device):
+                prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
+            total[name] += confusion_matrix(prediction, batch["label"], classes)
+            if write and net is first:
+                write(batch, prediction)
+    for net, mode in zip(nets.values(), modes, strict=True):
+        net.train(mode)
+    cudnn.benchmark = tuning
+    return {name: rank_sum(t) for name, t in total.items()}
+
+
+def picture(image: Tensor, *labels: Tensor) -> np.ndarray:
+    """A normalised image [3, H, W] and class maps [H, W], side by side as [H, n W, 3] uint8."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
+    rgb = ((image.cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0)
+    colors = [data.colorize(m.byte().cpu().numpy()) for m in labels]
+    return np.concatenate([rgb.numpy(), *colors], 1)
+
+
+def save_predictions(folder: Path) -> Callable[[dict, Tensor], None]:
+    """A `write` for `evaluate`: <id>.png holds class ids, <id>_overlay.png image and colours."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(batch: dict, prediction: Tensor) -> None:
+        fields = (batch[k] for k in ("image", "size", "id"))
+        for label, image, (h, w), name in zip(prediction, *fields, strict=True):
+            Image.fromarray(label[:h, :w].byte().cpu().numpy()).save(folder / f"{name}.png")
+            two = picture(image[:, :h, :w], label[:h, :w])
+            rgb, colors = Image.fromarray(two[:, :w]), Image.fromarray(two[:, w:])
+            Image.blend(rgb, colors, 0.5).save(folder / f"{name}_overlay.png")
+
+    return write
+
+
+def test(args: argparse.Namespace) -> None:
+    """--test-only: evaluates the network of a best.pt on the val images of --dataset."""
+    device = start_process(args)
+    saved, source = load_checkpoint(args.test_only), data.load_source(args.dataset, args.root)
+    try:
+        net = build_network(**saved["config"])
+        net.load_state_dict(saved["net"])
+        if saved["classes"] != list(source.classes):
+            raise InputError(
+                f"{args.test_only}: its {len(saved['classes'])} classes are not the "
+                f"{len(source.classes)} of {args.dataset}; evaluate it on its own data set"
+            )
+    except (KeyError, TypeError, RuntimeError) as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(f"{args.test_only}: no best.pt of ours ({reason}); give one") from None
+    net = net.to(device, memory_format=torch.channels_last)
+    write = save_predictions(args.save_predictions) if args.save_predictions else None
+    miou, iou = iou_of(evaluate({"net": net}, source, args, device, write)["net"])
+    if rank_world()[0] == 0:
+        for name, value in zip(source.classes, iou, strict=True):
+            print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
+        print(f"mIoU {miou:.2f} on {len(source.val)} images · {args.test_only}")
+    end_process()
+
+
+# ------------------------------------------------------------------------------------- the run
+
+
+class RunError(Exception):
+    """A run that cannot go on. The message is one line; what was saved stays as it is."""
+
+
+class Run:
+    """A run's process and folder: device, split, log, checkpoints. What is learnt is not in here."""
+
+    # flags that the parts of a resumed run need not share, as they do not change its result
+    FREE = ("out", "root", "workers", "save_every", "resume", "overwrite")
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Joins the process group, reads the split, and settles the flags that depend on them."""
+        self.args = args
+        self.rank, self.world = rank_world()
+        share = args.batch_size // self.world
+        if args.batch_size % self.world or share % 2:
+            raise InputError(
+                f"--batch-size {args.batch_size} on {self.world} ranks: each needs an even share, "
+                f"as CutMix pairs neighbours; give a multiple of {2 * self.world}"
+            )
+        self.positions = range(self.rank * share, (self.rank + 1) * share)  # in the global batch
+        source = data.load_source(args.dataset, args.root)
+        self.split = data.make_split(source, args.split, args.split_seed, args.protocol)
+        if not (self.split.unlabeled or args.labeled_only):
+            raise InputError(
+                f"--split {args.split}: leaves no unlabelled image; label fewer, or --labeled-only"
+            )
+        self.device = start_process(args)
+        epoch = max(1, len(self.split.unlabeled or self.split.labeled) // args.batch_size)
+        args.iters = args.iters or args.epochs * epoch
+        args.eval_every, args.save_every = args.eval_every or epoch, args.save_every or epoch
+        name = Path(args.split).name if Path(args.split).is_dir() else args.split.replace("/", "-")
+        method = args.method + "-labeled" * args.labeled_only
+        args.out = args.out or Path(f"runs/{method}-{args.dataset}-{name}-s{args.seed}")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
+        self.state = {"scaler": self.scaler}  # what a checkpoint holds; `resume` adds to it
+        self.rows, self.names = [], []  # train terms that no log line holds yet, on the device
+        self.best, self.best_step, self.last = -1.0, 0, -1.0
+        self.bar = self.board = self.vote = None
+        self.signal = 0
+        self.say(self.split.line)
+
+    def say(self, line: str) -> None:
+        """Prints a line on rank 0, above the bar if there is one."""
+        if self.rank == 0:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def autocast(self) -> torch.autocast:
+        """The context of forward passes, see `autocast`."""
+        return autocast(self.args.amp, self.device)
+
+    def put(self, t: Tensor) -> Tensor:
+        """A tensor of the host on the device, without waiting for it."""
+        cuda = self.device.type == "cuda"
+        return (t.pin_memory() if cuda else t).to(self.device, non_blocking=True)
+
+    def place(self, net: Segmenter) -> Segmenter:
+        """Moves a network to the device, channels_last; SyncBN over CUDA ranks; --compile."""
+        crop, patch = self.args.crop_size, net.backbone.patch
+        if crop < 32 or crop % patch:
+            raise InputError(
+                f"--crop-size {crop}: {net.config['backbone']} needs at least 32 pixels and a "
+                f"multiple of {patch}, e.g. {-(-max(crop, 32) // patch) * patch}"
+            )
+        if self.device.type == "cuda" and self.world > 1:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = net.to(self.device, memory_format=torch.channels_last)
+        if self.args.compile:
+            net.compile()
+        return net
+
+    def distribute(self, net: nn.Module) -> nn.Module:
+        """DDP over the ranks, or the network itself without torchrun."""
+        if not dist.is_initialized():
+            return net
+        ids = [self.device] if self.device.type == "cuda" else None
+        ddp = nn.parallel.DistributedDataParallel
+        return ddp(net, device_ids=ids, gradient_as_bucket_view=True)
+
+    def optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
+        """SGD with momentum 0.9 or AdamW over the script's parameter groups."""
+        groups = [g | {"initial_lr": g["lr"]} for g in groups]
+        if self.args.optimizer == "adamw":
+            return torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
+        return torch.optim.SGD(groups, momentum=0.9, weight_decay=self.args.weight_decay)
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """The polynomial schedule: lr (1 - t/T)^0.9 with t = `step` from 0."""
+        poly = (1 - step / self.args.iters) ** 0.9
+        self.lr = self.args.lr * poly
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * poly
+
+    def ramp(self, step: int) -> float:
+        """Weight of the unlabelled terms at `step`: linear from 0 to 1 over --ramp of the run."""
+        return min(1.0, step / max(1.0, self.args.ramp * self.args.iters)) if self.args.ramp else 1.0
+
+    def batches(self, start: int) -> Iterator[dict]:
+        """This rank's share of the training batches from step `start` on, see data.TrainBatches."""
+        batches = data.TrainBatches(self.split, self.args, self.rank, self.world)
+        return data.train_batches(batches, start, self.args.workers, self.device)
+
+    # ---- start and resume
+
+    def resume(self, **state: object) -> int:
+        """Takes what a checkpoint shall hold; returns the step to go on from, 0 in a new folder.
+
+        Goes on from latest.pt in --out if its flags and lists agree with this run's.
+        """
+        self.state |= state
+        args, out, saved = self.args, self.args.out, None
+        found = [out / n for n in ("latest.pt", "latest.prev.pt") if (out / n).exists()]
+        if found and not args.overwrite:
+            if args.resume == "none":
+                raise InputError(f"{out}: holds a run; give another --out, or --overwrite")
+            saved = self._load(found)
+            for name, value in self.state.items():
+                value.load_state_dict(saved[name])
+            self.names, self.rows = saved["names"], [r.to(self.device) for r in saved["rows"]]
+            self.best, self.best_step, self.last = saved["best"]
+        if dist.is_initialized():
+            dist.barrier()  # until every rank has read what rank 0 may now overwrite
+        step = self.since = saved["step"] if saved else 0
+        if self.rank == 0:
+            if not saved:
+                for path in (*found, out / "best.pt"):
+                    path.unlink(missing_ok=True)
+            self._open_log(saved["log_bytes"] if saved else 0)
+            quiet = not sys.stderr.isatty()
+            self.bar = tqdm(total=args.iters, initial=step, disable=quiet, unit="step")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: setattr(self, "signal", number))
+        self.clock = time.perf_counter()
+        return step
+
+    def _flags(self) -> dict:
+        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+        flags = {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items()}
+        return {k: v for k, v in flags.items() if k not in self.FREE} | {"lists": self.split.hash}
+
+    def _load(self, found: list[Path]) -> dict:
+        """latest.pt, or the one before it where that cannot be read; InputError if flags differ."""
+        try:
+            saved, path = load_checkpoint(found[0]), found[0]
+        except InputError as e:
+            if len(found) == 1:
+                raise
+            self.say(f"{e}; going back to {found[1]}")
+            saved, path = load_checkpoint(found[1]), found[1]
+        was, now = saved["flags"], self._flags()
+        differ = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
+        if differ:
+            raise InputError(
+                f"{self.args.out}: holds a run with other flags ({'; '.join(differ)}); "
+                "give the same, another --out, or --overwrite"
+            )
+        self.say(f"going on from {path}, step {saved['step']}")
+        return saved
+
+    def _open_log(self, size: int) -> None:
+        """args.json and log.jsonl, cut to `size` bytes: the lines after it are written again."""
+        out = self.args.out
+        try:
+            (out / "preview").mkdir(parents=True, exist_ok=True)
+            flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+            (out / "args.json").write_text(json.dumps(flags, indent=1) + "\n")
+            self.file = open(out / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
+            self.file.truncate(min(size, self.file.tell()))
+            self.file.seek(0, os.SEEK_END)
+        except OSError as e:
+            raise RunError(f"{out}: cannot be written ({e.strerror}); give another --out") from None
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out)
+
+    # ---- after a step
+
+    def step_done(self, step: int, nets: dict[str, Segmenter], terms: dict[str, Tensor]) -> None:
+        """After step `step` (from 0): logs, evaluates and saves where due, stops at a signal.
+
+        `terms` are scalars that stay on the device until a log line is due. `nets` are evaluated;
+        the first is for inference: its mIoU decides on best.pt.
+        """
+        self.names = list(terms)
+        self.rows.append(torch.stack([t.detach().float() for t in terms.values()]))
+        done, args = step + 1, self.args
+        last, stop = done == args.iters, self._stop()
+        if self.bar is not None:
+            self.bar.update()
+        if done % args.log_every == 0 or last:
+            self._train_line(done)
+        if done % args.eval_every == 0 or last:
+            self._eval_line(done, nets)
+        if done % args.save_every == 0 or last or stop:
+            self._save(done)
+        if stop and not last:
+            self.say(f"signal {stop}: saved step {done}; the same command goes on from there")
+            end_process()
+            raise SystemExit(128 + stop)
+
+    def _check(self, done: int) -> None:
+        """Averages the pending terms over ranks; one that is not finite ends the run, unsaved."""
+        if not self.rows:
+            return
+        rows = rank_mean(torch.stack(self.rows))
+        self.rows = list(rows)
+        bad = (~rows.isfinite()).nonzero().tolist()
+        if bad:
+            row, term = bad[0]
+            raise RunError(
+                f"step {done - len(rows) + row + 1}: {self.names[term]} is {rows[row, term]:.0f}; "
+                f"the last good checkpoint in {self.args.out} stays; try a smaller --lr or --amp off"
+            )
+
+    def _train_line(self, done: int) -> None:
+        self._check(done)
+        means = torch.stack(self.rows).mean(0).tolist()
+        self.rows = []
+        now, images = time.perf_counter(), self.args.batch_size * (2 - self.args.labeled_only)
+        terms = dict(zip(self.names, means, strict=True)) | {"lr": self.lr}
+        line = {"step": done} | {k: float(f"{v:.6g}") for k, v in terms.items()}
+        line["images_s"] = round((done - self.since) * images / max(now - self.clock, 1e-9), 2)
+        line["memory_gb"] = round(peak_memory(self.device) / 2**30, 3)
+        self.clock, self.since = now, done
+        self._write("train", line)
+
+    def _write(self, kind: str, line: dict) -> None:
+        """A line of log.jsonl, of TensorBoard, and of the terminal or its bar."""
+        if self.rank:
+            return
+        try:
+            self.file.write((json.dumps({"kind": kind} | line) + "\n").encode())
+        except OSError as e:
+            raise RunError(f"{self.file.name}: cannot be written ({e.strerror})") from None
+        scalars = {k: v for k, v in line.items() if isinstance(v, float)}
+        for name, value in scalars.items() if self.board else ():
+            self.board.add_scalar(f"{kind}/{name}", value, line["step"])
+        said = " ".join(f"{k} {v:.4g}" for k, v in scalars.items())
+        if self.bar.disable or kind == "eval":
+            self.say(f"{kind} {line['step']}/{self.args.iters} {said}")
+        else:
+            self.bar.set_postfix_str(said)
+
+    def _eval_line(self, done: int, nets: dict[str, Segmenter]) -> None:
+        begin, line = time.perf_counter(), {"step": done}
+        self._check(done)
+        first, classes = next(iter(nets.values())), list(self.split.classes)
+        matrices = evaluate(nets, self.split, self.args, self.device)
+        results = {name: iou_of(m) for name, m in matrices.items()}
+        self.last, iou = next(iter(results.values()))
+        line["miou"] = round(self.last, 4)
+        line |= {f"miou_{n}": round(r[0], 4) for n, r in [*results.items()][1:]}
+        line["iou"] = {c: v and round(v, 4) for c, v in zip(classes, iou, strict=True)}
+        if self.last > self.best:
+            self.best, self.best_step = self.last, done
+            if self.rank == 0:
+                best = {"net": first.state_dict(), "config": first.config, "classes": classes}
+                best |= {"dataset": self.args.dataset, "mean": data.MEAN, "std": data.STD}
+                save_file(best | {"step": done, "miou": self.last}, self.args.out / "best.pt")
+        self._write("eval", line)
+        if self.rank == 0:
+            self._preview(first, done)
+        self.clock += time.perf_counter() - begin  # images/s is of training
+
+    @torch.no_grad()
+    def _preview(self, net: Segmenter, done: int) -> None:
+        """preview/<step>.png: image, ground truth, prediction of the first four val images."""
+        net.eval()
+        rows = []
+        for item in self.split.val[:4]:
+            one = data.ValBatches([item], len(self.split.classes), net.backbone.grid)
+            batch = next(data.val_batches(one, 0, 1, 0, self.device))
+            with self.autocast():
+                prediction = predict(net, batch["image"], self.args).argmax(1)
+            (h, w), maps = batch["size"][0], (batch["image"], batch["label"], prediction)
+            rows.append(picture(*(m[0, ..., :h, :w] for m in maps)))
+        net.train()
+        width = max(row.shape[1] for row in rows)
+        rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
+        Image.fromarray(np.concatenate(rows)).save(self.args.out / f"preview/{done:06d}.png")
+
+    def _save(self, done: int) -> None:
+        """latest.pt with all state; the one before it stays as latest.prev.pt."""
+        self._check(done)
+        if self.rank:
+            return
+        state = {name: value.state_dict() for name, value in self.state.items()}
+        state |= {"flags": self._flags(), "step": done, "log_bytes": self.file.tell()}
+        state |= {"best": (self.best, self.best_step, self.last)}
+        state |= {"names": self.names, "rows": self.rows}
+        save_file(state, self.args.out / "latest.pt", keep=self.args.out / "latest.prev.pt")
+
+    def _stop(self) -> int:
+        """The signal to stop at, the same on all ranks, or 0.
+
+        Ranks vote at each step, on the host: the vote that is read is the one of the step before,
+        so none waits for another's device.
+        """
+        if not dist.is_initialized():
+            return self.signal
+        before, flag = self.vote, torch.tensor([self.signal])
+        self.vote = (flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True))
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])
+
+    def finish(self) -> None:
+        """The last line, and the end of the process group."""
+        if self.bar is not None:
+            self.bar.close()
+        last, best = f"{self.last:.2f}", f"{self.best:.2f} at step {self.best_step}"
+        self.say(f"mIoU last {last} · best {best} · {self.args.out}")
+        end_process()
+
+
+# ----------------------------------------------------------------------------- files and exit
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on CUDA, the most that the process took on CPU."""
     if device.type == "cuda":
@@ -977,8 +879,28 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def load_checkpoint(path: Path) -> dict:
+    """A dict of tensors and plain values, never code (weights_only). InputError on anything else."""
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as z:
+                broken = z.testzip()
+            if broken:
+                raise zipfile.BadZipFile(f"checksum of {broken} is wrong")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # noqa: BLE001 - the readers raise all kinds on broken bytes
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
+        raise InputError(f"{path}: no loadable checkpoint ({reason}); give another file") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds a {type(found).__name__}, no state dict; give another")
+    return found
+
+
 def save_file(state: dict, path: Path, keep: Path | None = None) -> None:
-    """Writes a checkpoint beside `path`, then renames it: a reader finds the old file or the new, never half."""
+    """Writes beside `path`, then renames: a reader finds the old file or the new, never half.
+
+    The old file is kept as `keep`, if given. RunError when it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -991,18 +913,18 @@ def save_file(state: dict, path: Path, keep: Path | None = None) -> None:
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"{path}: cannot be saved ({str(e).splitlines()[0]}); the checkpoint before it is intact"
-        ) from None
+        reason = str(e).splitlines()[0]
+        raise RunError(f"{path}: cannot be saved ({reason}); the one before is intact") from None
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs a script. Bad input ends it with one line and status 2, a run that cannot go on with status 1."""
+    """Runs a script. Bad input ends it with a line and status 2, a failed run with status 1."""
     try:
         main()
     except (InputError, RunError) as e:
-        who = f"[rank {rank_world()[0]}] " if rank_world()[1] > 1 else ""
-        print(f"{who}error: {e}", file=sys.stderr, flush=True)
-        os._exit(
-            2 if isinstance(e, InputError) else 1
-        )  # at once: other ranks may hang in a collective
+        rank, world = rank_world()
+        print(f"[rank {rank}] " * (world > 1) + f"error: {e}", file=sys.stderr, flush=True)
+        status = 2 if isinstance(e, InputError) else 1
+        if dist.is_initialized():
+            os._exit(status)  # at once: the other ranks may wait in a collective for this one
+        raise SystemExit(status) from None

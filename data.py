@@ -93,14 +93,14 @@ SHAPES_CLASSES = [
 # What the field trains each data set with. `epochs` counts passes over the unlabelled images.
 _CNN = dict(
     backbone="resnet101", weights="imagenet", optimizer="sgd", weight_decay=1e-4, threshold=0.95
-) | dict(scale=(0.5, 2.0))
+) | dict(scale=(0.5, 2.0), ramp=0.0)
 PRESETS = {
     "pascal": dict(_CNN, crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10.0),
     "folder": dict(_CNN, crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10.0),
     "cityscapes": dict(_CNN, crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1.0)
     | dict(threshold=0.0, sup_loss="ohem", eval_mode="slide"),
     "shapes": dict(_CNN, backbone="resnet18", weights="none", crop_size=64, batch_size=8, epochs=10)
-    | dict(optimizer="adamw", lr=1e-3, head_lr_mult=1.0, scale=(0.8, 1.25)),
+    | dict(optimizer="adamw", lr=1e-3, head_lr_mult=1.0, scale=(0.8, 1.25), ramp=0.5),
 }
 _VIT = dict(optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, threshold=0.95)
 DINOV2_PRESETS = {

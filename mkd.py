@@ -286,7 +286,8 @@ def main(argv: list[str] | None = None) -> None:
             loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, valid_8)
 
             # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
-            loss = loss_sup1 + loss_sup2 + args.lambda_st * loss_st + args.lambda_ss * loss_ss
+            loss_unlabeled = args.lambda_st * loss_st + args.lambda_ss * loss_ss
+            loss = loss_sup1 + loss_sup2 + run.ramp(step) * loss_unlabeled
             terms = {
                 "loss": loss,
                 "L_sup1": loss_sup1,

@@ -211,12 +211,9 @@ def main(argv: list[str] | None = None) -> None:
             loss_kd = distillation(z_s[n_x:], z_j[n_x:], valid_u, args.temperature)
 
             # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd (step 8)
-            loss = (
-                loss_sup
-                + args.lambda_cps * loss_cps
-                + args.lambda_feat * loss_feat / 2
-                + args.lambda_kd * loss_kd
-            )
+            loss_unlabeled = args.lambda_cps * loss_cps + args.lambda_feat * loss_feat / 2
+            loss_unlabeled = loss_unlabeled + args.lambda_kd * loss_kd
+            loss = loss_sup + run.ramp(step) * loss_unlabeled
             terms = {
                 "loss": loss,
                 "L_sup": loss_sup,

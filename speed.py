@@ -241,9 +241,8 @@ def main(argv: list[str] | None = None) -> None:
             loss_feat = relation_loss(f_t, f_m, valid_m)
 
             # L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit) (step 10)
-            loss = 0.5 * (
-                loss_x + args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
-            )
+            loss_unlabeled = args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
+            loss = 0.5 * (loss_x + run.ramp(step) * loss_unlabeled)
             confident = masked_mean(torch.ones_like(confidence), keep, valid_m)
             terms = {
                 "loss": loss,
