@@ -13,9 +13,6 @@ import resource
 import signal
 import sys
 import time
-import urllib.error
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -26,16 +23,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision import models
-from torchvision.models.segmentation.deeplabv3 import ASPP
 from tqdm import tqdm
 
 import data
-import dinov2
 from data import InputError
-
-CNNS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
-BACKBONES = (*CNNS, *dinov2.SIZES)
+from networks import BACKBONES, Segmenter, build_network, load_checkpoint, upsample
 
 # --------------------------------------------------------------------------- flags
 
@@ -140,184 +132,6 @@ def parse(
             preset |= data.DINOV2_PRESETS[dataset]
         p.set_defaults(dataset=dataset, **preset)
     return p.parse_args(argv)
-
-
-# ------------------------------------------------------------------------------------- networks
-
-
-class CNN(nn.Sequential):
-    """torchvision's backbone as a row of its own stages: its state-dict keys are torchvision's.
-
-    forward: image [B, 3, H, W] to the stride-4 map and the last map (stride 16 or 8).
-    """
-
-    grid, patch = 16, 1  # evaluation pads images to multiples of grid, crops are multiples of patch
-
-    def __init__(self, name: str, output_stride: int) -> None:
-        net = getattr(models, name)(weights=None)
-        if name == "mobilenet_v2":  # without the last 1x1 to 1280 channels, a classifier's input
-            stages, self_low = list(net.features[:18].named_children()), "3"
-            stride_16, stride_32 = map(str, range(7, 14)), map(str, range(14, 18))
-            channels = (24, 320)
-        else:
-            stages, self_low = list(net.named_children())[:-2], "layer1"  # no pooling, classifier
-            stride_16, stride_32 = ["layer3"], ["layer4"]
-            channels = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
-        super().__init__(OrderedDict(stages))
-        self.low, self.channels = self_low, channels
-        for stride, names in ((16, stride_16), (32, stride_32)):
-            if stride > output_stride:
-                _dilate([self.get_submodule(n) for n in names], stride // output_stride)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        for name, stage in self.named_children():
-            x = stage(x)
-            if name == self.low:
-                low = x
-        return [low, x]
-
-
-def _dilate(stages: list[nn.Module], dilation: int) -> None:
-    """Stages that would halve the resolution keep it: stride 1, 3x3 kernels spread by `dilation`.
-
-    The convolution that had the stride keeps the spread before it, as in torchvision's ResNets.
-    """
-    for conv in (m for stage in stages for m in stage.modules() if isinstance(m, nn.Conv2d)):
-        spread = dilation // 2 if conv.stride == (2, 2) else dilation
-        conv.stride = (1, 1)
-        if conv.kernel_size == (3, 3):
-            conv.dilation = conv.padding = (spread, spread)
-
-
-def _conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
-def upsample(z: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear with aligned corners, as the baselines: [B, C, h, w] to [B, C, *size] in float32."""
-    return F.interpolate(z.float(), size, mode="bilinear", align_corners=True)
-
-
-class Segmenter(nn.Module):
-    """A backbone, `decode`, and a 1x1 classifier; what is not the backbone is the head.
-
-    `config` is what `build_network` needs to build it again.
-    """
-
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image [B, 3, H, W] to logits z [B, C, h, w], the classifier's input f, the last map."""
-        maps = self.backbone(x)
-        f = self.decode(maps)
-        return self.classifier(f), f, maps[-1]
-
-    def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Logits [B, C, H, W] at input size, float32; with `features` also f and the last map."""
-        z, f, deep = self.parts(x)
-        z = upsample(z, x.shape[-2:])
-        return (z, f, deep) if features else z
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Every trained parameter that is not the backbone's."""
-        named = self.named_parameters()
-        return [p for n, p in named if not n.startswith("backbone.") and p.requires_grad]
-
-
-class DeepLabV3Plus(Segmenter):
-    """DeepLabV3+ (Chen et al., 2018): ASPP, 48 low-level channels, two 3x3 convolutions.
-
-    f is [B, 256, h, w] at stride 4, on DINOv2's patches 14. ASPP is torchvision's without its
-    dropout: a forward has no randomness of its own.
-    """
-
-    def __init__(self, backbone: str, num_classes: int, output_stride: int = 16) -> None:
-        super().__init__()
-        self.config = dict(backbone=backbone, num_classes=num_classes, output_stride=output_stride)
-        vit = backbone in dinov2.SIZES
-        self.backbone = dinov2.DINOv2(backbone) if vit else CNN(backbone, output_stride)
-        low, deep = self.backbone.channels[0], self.backbone.channels[-1]
-        self.aspp = ASPP(deep, [r * 16 // output_stride for r in (6, 12, 18)], 256)
-        self.aspp.project = self.aspp.project[:3]
-        self.reduce = _conv_bn_relu(low, 48, 1)
-        self.fuse = nn.Sequential(_conv_bn_relu(256 + 48, 256, 3), _conv_bn_relu(256, 256, 3))
-        self.classifier = nn.Conv2d(256, num_classes, 1)
-
-    def decode(self, maps: list[Tensor]) -> Tensor:
-        low = self.reduce(maps[0])
-        deep = upsample(self.aspp(maps[-1]), low.shape[-2:]).to(low.dtype)
-        return self.fuse(torch.cat([deep, low], 1))
-
-
-class DPT(Segmenter):
-    """DINOv2 with the DPT decoder; f is [B, 64, 8h, 8w] for h x w patches."""
-
-    def __init__(self, backbone: str, num_classes: int) -> None:
-        super().__init__()
-        self.config = dict(backbone=backbone, num_classes=num_classes, decoder="dpt")
-        self.backbone = dinov2.DINOv2(backbone)
-        self.decode = dinov2.DPTDecoder(self.backbone.channels[-1])
-        self.classifier = nn.Conv2d(64, num_classes, 1)
-
-
-def build_network(
-    backbone: str, num_classes: int, output_stride: int = 16, decoder: str = "deeplab"
-) -> Segmenter:
-    """The network of --backbone, --output-stride and --decoder, or of a best.pt's `config`."""
-    if decoder == "deeplab":
-        return DeepLabV3Plus(backbone, num_classes, output_stride)
-    if backbone not in dinov2.SIZES:
-        raise InputError(f"--decoder dpt: needs a DINOv2 backbone, not {backbone}; use deeplab")
-    return DPT(backbone, num_classes)
-
-
-def load_weights(net: Segmenter, name: str, weights: str) -> str:
-    """Loads backbone weights: imagenet, none, or a file. Returns a line that counts the keys.
-
-    Looks through a wrapping {"net": ...} and the prefixes module., backbone., features.; leaves
-    classifier keys aside. InputError when a backbone key is missing or of another shape.
-    """
-    if weights == "none":
-        return f"{name}: random weights"
-    fetched = weights == "imagenet"
-    state = _download_weights(name) if fetched else load_checkpoint(Path(weights))
-    for wrap in ("state_dict", "model", "net"):
-        state = state[wrap] if isinstance(state.get(wrap), dict) else state
-    for prefix in ("module.", "backbone.", "features."):
-        if any(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    own = net.backbone.state_dict()
-    same = {k: v for k, v in state.items() if k in own and getattr(v, "shape", 0) == own[k].shape}
-    missing = [k for k in own if k not in same and not k.endswith("num_batches_tracked")]
-    others = sum(k not in own for k in state)
-    line = f"{name}: weights {weights}: {len(same)} keys matched, {len(missing)} missing"
-    line += f", {others} unexpected"
-    if missing:
-        k = missing[0]
-        was = f"of shape {tuple(state[k].shape)}" if hasattr(state.get(k), "shape") else "missing"
-        raise InputError(
-            f"{line}; {k} {tuple(own[k].shape)} is {was}: another architecture; give one of {name}"
-        )
-    net.backbone.load_state_dict(same, strict=False)
-    return line
-
-
-def _download_weights(name: str) -> dict:
-    """torch.hub caches the file; one process of a machine fetches it, the others then find it."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        dist.barrier()
-    try:
-        if name in dinov2.SIZES:
-            url = dinov2.URL.format(name)
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        return models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=first)
-    except (urllib.error.URLError, OSError, RuntimeError) as e:
-        raise InputError(
-            f"--weights imagenet: {name} cannot be fetched ({e}); give a FILE or none"
-        ) from None
-    finally:
-        if first and dist.is_initialized():
-            dist.barrier()
 
 
 # -------------------------------------------------------------------------- ranks and precision
@@ -556,7 +370,7 @@ class RunError(Exception):
 
 
 class Run:
-    """A run's process and folder: device, split, log, checkpoints. What is learnt is not in here."""
+    """A run's process and folder: device, split, log, checkpoints. Nothing here is learnt."""
 
     # flags that the parts of a resumed run need not share, as they do not change its result
     FREE = ("out", "root", "workers", "save_every", "resume", "overwrite")
@@ -647,7 +461,9 @@ class Run:
 
     def ramp(self, step: int) -> float:
         """Weight of the unlabelled terms at `step`: linear from 0 to 1 over --ramp of the run."""
-        return min(1.0, step / max(1.0, self.args.ramp * self.args.iters)) if self.args.ramp else 1.0
+        return (
+            min(1.0, step / max(1.0, self.args.ramp * self.args.iters)) if self.args.ramp else 1.0
+        )
 
     def batches(self, start: int) -> Iterator[dict]:
         """This rank's share of the training batches from step `start` on, see data.TrainBatches."""
@@ -764,7 +580,7 @@ class Run:
             row, term = bad[0]
             raise RunError(
                 f"step {done - len(rows) + row + 1}: {self.names[term]} is {rows[row, term]:.0f}; "
-                f"the last good checkpoint in {self.args.out} stays; try a smaller --lr or --amp off"
+                f"the last good checkpoint in {self.args.out} stays; try a lower --lr or --amp off"
             )
 
     def _train_line(self, done: int) -> None:
@@ -877,23 +693,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A dict of tensors and plain values, never code (weights_only). InputError on anything else."""
-    try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
-            with zipfile.ZipFile(path) as z:
-                broken = z.testzip()
-            if broken:
-                raise zipfile.BadZipFile(f"checksum of {broken} is wrong")
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # noqa: BLE001 - the readers raise all kinds on broken bytes
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
-        raise InputError(f"{path}: no loadable checkpoint ({reason}); give another file") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}, no state dict; give another")
-    return found
 
 
 def save_file(state: dict, path: Path, keep: Path | None = None) -> None:

@@ -34,84 +34,38 @@ from tqdm import tqdm
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the backbones expect
 FILL = (124, 116, 104)  # padding is the mean colour: zero after normalisation, like a convolution's
-PATCH = 14  # DINOv2 encoders see the image in patches of 14 x 14
 
-VOC_CLASSES = [
-    "background",
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-]
-CITYSCAPES_CLASSES = [
-    "road",
-    "sidewalk",
-    "building",
-    "wall",
-    "fence",
-    "pole",
-    "traffic_light",
-    "traffic_sign",
-    "vegetation",
-    "terrain",
-    "sky",
-    "person",
-    "rider",
-    "car",
-    "truck",
-    "bus",
-    "train",
-    "motorcycle",
-    "bicycle",
-]
+VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor"
+).split()
+CITYSCAPES_CLASSES = (
+    "road sidewalk building wall fence pole traffic_light traffic_sign vegetation terrain sky "
+    "person rider car truck bus train motorcycle bicycle"
+).split()
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-SHAPES_CLASSES = [
-    "background",
-    "ringed_disk",
-    "checkered_square",
-    "striped_triangle",
-    "dotted_star",
-    "grained_cross",
-]
-
-# What the field trains each data set with. `epochs` counts passes over the unlabelled images.
-_CNN = dict(
-    backbone="resnet101", weights="imagenet", optimizer="sgd", weight_decay=1e-4, threshold=0.95
-) | dict(scale=(0.5, 2.0), ramp=0.0)
-PRESETS = {
-    "pascal": dict(_CNN, crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10.0),
-    "folder": dict(_CNN, crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10.0),
-    "cityscapes": dict(_CNN, crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1.0)
-    | dict(threshold=0.0, sup_loss="ohem", eval_mode="slide"),
-    "shapes": dict(_CNN, backbone="resnet18", weights="none", crop_size=64, batch_size=8, epochs=10)
-    | dict(optimizer="adamw", lr=1e-3, head_lr_mult=1.0, scale=(0.8, 1.25), ramp=0.5),
-}
-_VIT = dict(optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, threshold=0.95)
-DINOV2_PRESETS = {
-    "pascal": dict(_VIT, crop_size=518, batch_size=16, epochs=60),
-    "folder": dict(_VIT, crop_size=518, batch_size=16, epochs=60),
-    "cityscapes": dict(_VIT, crop_size=798, batch_size=8, epochs=180),
-    "shapes": dict(_VIT, crop_size=70, batch_size=8),
-}
-
-
+SHAPES_CLASSES = (
+    "background ringed_disk checkered_square striped_triangle dotted_star grained_cross"
+).split()
 PROTOCOLS = ("classic", "blended", "priority")
+
+# What the field trains each data set with; `epochs` counts passes over the unlabelled images.
+_CNN = dict(backbone="resnet101", weights="imagenet", optimizer="sgd", weight_decay=1e-4)
+_CNN |= dict(threshold=0.95, scale=(0.5, 2.0), ramp=0.0)
+_VOC = _CNN | dict(crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10.0)
+_CITY = dict(crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1.0, threshold=0.0)
+_CITY |= dict(sup_loss="ohem", eval_mode="slide")
+_SHAPES = dict(backbone="resnet18", weights="none", optimizer="adamw", lr=1e-3, head_lr_mult=1.0)
+_SHAPES |= dict(crop_size=64, batch_size=8, epochs=10, scale=(0.8, 1.25), ramp=0.5)
+PRESETS = dict(pascal=_VOC, folder=_VOC, cityscapes=_CNN | _CITY, shapes=_CNN | _SHAPES)
+_VIT = dict(optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, threshold=0.95)
+_VIT_VOC = _VIT | dict(crop_size=518, batch_size=16, epochs=60)
+DINOV2_PRESETS = dict(
+    pascal=_VIT_VOC,
+    folder=_VIT_VOC,
+    cityscapes=_VIT | dict(crop_size=798, batch_size=8, epochs=180),
+    shapes=_VIT | dict(crop_size=70, batch_size=8),
+)
 
 
 class InputError(Exception):
@@ -119,7 +73,7 @@ class InputError(Exception):
 
 
 def rng(seed: int, stream: str, *key: int) -> np.random.Generator:
-    """The random numbers of one place in a run: (seed, stream, e.g. step and position), no state."""
+    """The random numbers of a place in a run: seed, stream, and e.g. step and position."""
     return np.random.default_rng((seed, zlib.crc32(stream.encode()), *key))
 
 
@@ -204,8 +158,9 @@ def _cityscapes(root: Path) -> Source:
     source = Source("cityscapes", CITYSCAPES_CLASSES, root, items("train"), items("val"))
     if not source.train or not source.val:
         raise InputError(
-            f"{root}: no Cityscapes here; looked for leftImg8bit/{{train,val}}/*/*_leftImg8bit.png; fetch "
-            "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com"
+            f"{root}: no Cityscapes here; looked for leftImg8bit/{{train,val}}/*/*.png; "
+            "fetch leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
+            "https://www.cityscapes-dataset.com and unpack them there"
         )
     return source
 
@@ -238,12 +193,12 @@ def _folder(root: Path) -> Source:
     return source
 
 
-SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE = 512, 128, 96
+SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE, BUILT_IN = 512, 128, 96, Path("built in")
 
 
 def _shapes(root: Path) -> Source:
-    train = [Item(f"train{i:03d}", i, Path("shapes")) for i in range(SHAPES_TRAIN)]
-    val = [Item(f"val{i:03d}", 10_000 + i, Path("shapes")) for i in range(SHAPES_VAL)]
+    train = [Item(f"train{i:03d}", i, BUILT_IN) for i in range(SHAPES_TRAIN)]
+    val = [Item(f"val{i:03d}", 10_000 + i, BUILT_IN) for i in range(SHAPES_VAL)]
     return Source("shapes", SHAPES_CLASSES, root, train, val)
 
 
@@ -268,12 +223,10 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
     r, n = rng(0, "shapes", index), SHAPES_SIZE
     yy, xx = np.mgrid[:n, :n].astype(np.float32)
     label = np.zeros((n, n), np.uint8)
-    wave = sum(
-        r.uniform(10, 35, 3)
-        * np.sin((xx * r.normal() + yy * r.normal()) / 20 + r.uniform(0, 6))[..., None]
-        for _ in range(3)
-    )
-    image = r.uniform(60, 195, 3) + wave
+    image = np.broadcast_to(r.uniform(60, 195, 3), (n, n, 3))
+    for _ in range(3):
+        wave = np.sin((xx * r.normal() + yy * r.normal()) / 20 + r.uniform(0, 6))
+        image = image + r.uniform(10, 35, 3) * wave[..., None]
 
     def form(kind: int, u: np.ndarray, v: np.ndarray, size: float) -> np.ndarray:
         rho, theta = np.hypot(u, v), np.arctan2(v, u)
@@ -298,69 +251,60 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
             speckle[(u / 3 + n).astype(int) % n, (v / 3 + n).astype(int) % n],  # grain
         )[kind]
 
-    def paint(where: np.ndarray, ink: np.ndarray, ground: np.ndarray, tone: np.ndarray) -> None:
-        tone = np.clip(0.5 + 1.5 * tone, 0, 1)[..., None]
-        image[where] = (ground + (ink - ground) * tone)[where]
-
     plan = ["clutter"] * r.integers(1, 4) + ["object"] * r.integers(3, 5)
-    plan += ["plain_form"] * r.integers(0, 3) + ["formless"] * r.integers(0, 2)
-    for what in (*r.permutation(plan), *["clutter"] * r.integers(0, 2)):
+    plan += ["plain form"] * r.integers(0, 3) + ["formless"] * r.integers(0, 2)
+    for what in (
+        *r.permutation(plan),
+        *["clutter"] * r.integers(0, 2),
+    ):  # the later cover the earlier
         angle, size = r.uniform(0, 2 * np.pi), r.uniform(17, 30)
         dx, dy = xx - r.uniform(0, n), yy - r.uniform(0, n)
         u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
-        kind, fill = r.integers(5, size=2)
+        kind = r.integers(5)
+        if what in ("object", "plain form"):
+            where = form(kind, u, v, size)
+        else:
+            long, thin = (1.2, 0.2) if what == "formless" else r.uniform(0.1, (1, 0.4))
+            where = (abs(u) < long * size) & (abs(v) < thin * size)
+        tone = texture(kind, u, v) if what in ("object", "formless") else u / size  # or a shade
         ink = r.uniform(0, 140, 3)
         ground = np.clip(ink + r.uniform(90, 160) + r.normal(0, 30, 3), 0, 255)
-        if what == "object":
-            where = form(kind, u, v, size)
-            paint(where, ink, ground, texture(kind, u, v))
-            label[where] = kind + 1
-        elif what == "plain_form":
-            where = form(kind, u, v, size)
-            paint(where, ink, ground, u / size)  # a shade, no texture
-            label[where] = 0
-        elif what == "formless":  # a texture in a thin bar
-            where = (abs(u) < 1.2 * size) & (abs(v) < 0.2 * size)
-            paint(where, ink, ground, texture(fill, u, v))
-            label[where] = 0
-        else:
-            where = (abs(u) < size * r.uniform(0.1, 1)) & (abs(v) < size * r.uniform(0.1, 0.4))
-            paint(where, ink, ground, v / size)
-            label[where] = 0
+        tone = np.clip(0.5 + 1.5 * tone, 0, 1)[..., None]
+        image[where] = (ground + (ink - ground) * tone)[where]
+        label[where] = kind + 1 if what == "object" else 0
     image = image + r.normal(0, r.uniform(2, 10), image.shape) + r.uniform(-20, 20, 3)
     return np.clip(image, 0, 255).astype(np.uint8), label
+
+
+def _open(path: Path, what: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"{path}: no readable {what} ({e}); replace or remove it") from None
 
 
 def read_image(item: Item) -> Image.Image:
     """The image of an item as RGB. A file that cannot be decoded is an InputError."""
     if isinstance(item.image, int):
         return Image.fromarray(draw_shapes(item.image)[0])
-    try:
-        with Image.open(item.image) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(
-            f"{item.image}: cannot be read as an image ({e}); replace or remove it"
-        ) from None
+    return _open(item.image, "image").convert("RGB")
 
 
 def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Image:
     """The class-index mask of an item, mode L; size = (width, height) of its image.
 
-    InputError: unreadable, more than one channel, another size, a value >= num_classes that is not 255.
+    InputError: unreadable, several channels, another size, a value that is no class and not 255.
     """
     if isinstance(item.image, int):
         return Image.fromarray(draw_shapes(item.image)[1])
-    try:
-        with Image.open(item.mask) as mask:
-            if mask.mode not in ("L", "P"):
-                raise InputError(
-                    f"{item.mask}: mode {mask.mode}, not one channel of class ids; save it as 8-bit grey or palette"
-                )
-            mask.load()
-            mask = Image.frombytes("L", mask.size, mask.tobytes())  # palette indices, not colours
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{item.mask}: cannot be read as a mask ({e}); replace it") from None
+    mask = _open(item.mask, "mask")
+    if mask.mode not in ("L", "P"):
+        raise InputError(
+            f"{item.mask}: mode {mask.mode}, not one 8-bit channel of class ids; save it as such"
+        )
+    mask = Image.frombytes("L", mask.size, mask.tobytes())  # palette indices, not colours
     if item.mask.name.endswith("_labelIds.png"):
         train_ids = [IGNORE] * 256
         for k, raw in enumerate(CITYSCAPES_IDS):
@@ -371,7 +315,8 @@ def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Imag
     bad = [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]
     if bad:
         raise InputError(
-            f"{item.mask}: value {bad[0]}, but classes are 0..{num_classes - 1} and 255 is ignored; map it"
+            f"{item.mask}: value {bad[0]}, but classes are 0 to {num_classes - 1} and 255 is "
+            "ignored; map it to one of these"
         )
     return mask
 
@@ -392,41 +337,37 @@ class Split:
 
 
 def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Split:
-    """Labelled and unlabelled images by a fraction (1/8, full), a count (92) or a directory of lists.
+    """Labelled and unlabelled images by a fraction (1/8, full), a count (92) or a folder of lists.
 
-    Counts are rounded up, which gives the published ones (92 of 1464, 662 of 10582, 186 of 2975). Draws
-    are nested: 1/16 is part of 1/8. InputError names the value or the id that is wrong.
+    Counts are rounded up, which gives the published ones (92 of 1464, 662 of 10582, 186 of 2975).
+    Draws are nested: 1/16 is part of 1/8. InputError names the value or the id that is wrong.
     """
     if Path(split).is_dir():
-        labeled, unlabeled = (
-            _read_list(source, Path(split) / f"{n}labeled.txt") for n in ("", "un")
-        )
+        files = (Path(split) / name for name in ("labeled.txt", "unlabeled.txt"))
+        labeled, unlabeled = (_read_list(source, f) for f in files)
         said = f"lists of {split}"
     else:
         labeled, unlabeled = _draw(source, split, split_seed, protocol)
         said = f"--split {split}, --split-seed {split_seed}"
-    if source.name == "pascal" and not Path(split).is_dir():
-        said = f"{protocol} protocol, {said}"
-    val_images = {item.image for item in source.val}
-    labeled_images = set()
-    for item in labeled:
-        if item.mask is None or not (isinstance(item.image, int) or item.mask.is_file()):
-            raise InputError(
-                f"{item.id}: listed as labelled, but it has no mask ({item.mask}); add or unlist it"
-            )
-        labeled_images.add(item.image)
+        said = f"{protocol} protocol, {said}" if source.name == "pascal" else said
+
+    def there(path: Path | int | None) -> bool:
+        return isinstance(path, int) or (path is not None and (path == BUILT_IN or path.is_file()))
+
+    val_images, labeled_images = {i.image for i in source.val}, {i.image for i in labeled}
     for item in (*labeled, *unlabeled):
         if item.image in val_images:
-            raise InputError(
-                f"{item.id}: a val image in the training lists; take it out of {split}"
-            )
-        if not (isinstance(item.image, int) or item.image.is_file()):
+            raise InputError(f"{item.id}: a val image; take it out of the lists of {split}")
+        if not there(item.image):
             raise InputError(f"{item.id}: no such file: {item.image}; fetch it or unlist the id")
+    for item in labeled:
+        if not there(item.mask):
+            raise InputError(
+                f"{item.id}: labelled, but has no mask ({item.mask}); add or unlist it"
+            )
     for item in unlabeled:
         if item.image in labeled_images:
-            raise InputError(
-                f"{item.id}: both labelled and unlabelled; take it out of one list of {split}"
-            )
+            raise InputError(f"{item.id}: labelled and unlabelled; unlist it once in {split}")
     ids = "\n".join([i.id for i in labeled] + ["--"] + [i.id for i in unlabeled])
     digest = hashlib.sha256(ids.encode()).hexdigest()[:8]
     line = (
@@ -441,11 +382,8 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
     pool = [pool[k] for k in rng(seed, "split").permutation(len(pool))]
     if source.fine and protocol != "blended":  # fine masks first; classic labels no others
         pool.sort(key=lambda i: i.id not in source.fine)
-    most = (
-        len(source.fine & {i.id for i in pool})
-        if source.fine and protocol == "classic"
-        else len(pool)
-    )
+    classic = source.fine and protocol == "classic"
+    most = sum(i.id in source.fine for i in pool) if classic else len(pool)
     if split == "full":
         n = most
     elif m := re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", split):
@@ -465,39 +403,33 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
 
 
 def _read_list(source: Source, path: Path) -> list[Item]:
-    """Items of a published list: `image mask` paths relative to the root, or bare ids, one a line."""
+    """Items of a list: `image mask` paths relative to the root, or bare ids, one a line."""
     known, items, seen = {i.id: i for i in (*source.train, *source.val)}, [], set()
     for line in _list(path):
         words = line.split()
         for word in words:
             if Path(word).is_absolute() or ".." in Path(word).parts or "\0" in word:
-                raise InputError(
-                    f"{path}: {word!r} leaves the data root {source.root}; use relative paths"
-                )
+                raise InputError(f"{path}: {word!r} leads out of {source.root}; use relative paths")
         id = Path(words[0]).stem.removesuffix("_leftImg8bit")
-        if id in seen:
-            raise InputError(f"{path}: {id} is listed twice; list it once")
-        seen.add(id)
-        if "/" not in words[0]:  # a bare id
-            if id not in known and words[0] not in known:
-                raise InputError(
-                    f"{path}: {words[0]} is not in {source.name} under {source.root}; remove it"
-                )
-            items.append(known.get(words[0]) or known[id])
-            continue
-        image, mask = source.root / words[0], known[id].mask if id in known else None
-        if len(words) > 1 and (source.root / words[1]).is_file():
-            mask = (
-                source.root / words[1]
-            )  # else the data set's own, as lists merge VOC's and SBD's masks
-        items.append(Item(id, image, mask))
+        item = known.get(words[0]) or known.get(id)
+        if "/" in words[0]:
+            mask = source.root / words[-1] if len(words) > 1 else None
+            if mask is None or not mask.is_file():  # lists write VOC's folder for SBD's masks too
+                mask = item and item.mask
+            item = Item(id, source.root / words[0], mask)
+        if item is None:
+            raise InputError(f"{path}: {words[0]} is not in {source.name} {source.root}; remove it")
+        if item.id in seen:
+            raise InputError(f"{path}: {item.id} is listed twice; list it once")
+        seen.add(item.id)
+        items.append(item)
     if not items:
         raise InputError(f"{path}: an empty list; give at least one image")
     return items
 
 
 def write_split(split: Split, root: Path, out: Path) -> None:
-    """Writes labeled.txt and unlabeled.txt: `image mask` paths relative to the root, or bare ids."""
+    """Writes labeled.txt, unlabeled.txt: `image mask` paths relative to the root, or bare ids."""
     out.mkdir(parents=True, exist_ok=True)
     for name, items in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
         lines = []
@@ -519,20 +451,16 @@ def weak_view(
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int, int, int]]:
     """Random scale, crop, flip (u, and x with y, in the notes). Only the crop is resampled.
 
-    Returns [crop, crop, 3] uint8, the label [crop, crop] uint8 (None without mask; 255 = padding), and the
-    rectangle (top, left, bottom, right) that holds image, the rest being padding.
+    Returns [crop, crop, 3] uint8, the label [crop, crop] uint8 (None without mask; 255 = padding),
+    and the rectangle (top, left, bottom, right) that holds image, the rest being padding.
     """
     factor = r.uniform(*scale)
     w, h = (max(1, round(s * factor)) for s in image.size)
     cw, ch = min(crop, w), min(crop, h)  # what the crop holds of the scaled image
     left, top = r.integers(w - cw + 1), r.integers(h - ch + 1)
     sx, sy = image.size[0] / w, image.size[1] / h
-    box = (
-        left * sx,
-        top * sy,
-        min((left + cw) * sx, image.size[0]),
-        min((top + ch) * sy, image.size[1]),
-    )
+    box = (left * sx, top * sy, (left + cw) * sx, (top + ch) * sy)
+    box = tuple(min(edge, size) for edge, size in zip(box, image.size * 2, strict=True))
     flip = r.random() < 0.5
     rect = (0, crop - cw, ch, crop) if flip else (0, 0, ch, cw)
 
@@ -550,7 +478,7 @@ def weak_view(
 
 
 def strong_params(r: np.random.Generator) -> list[float]:
-    """Draws one strong view: [brightness, contrast, saturation, hue, grey, blur sigma], identity where off.
+    """Draws a strong view: brightness, contrast, saturation, hue, grey, blur sigma; off = identity.
 
     Colour jitter (0.5, 0.5, 0.5, 0.25) with p 0.8, grey p 0.2, Gaussian blur sigma 0.1-2.0 p 0.5.
     """
@@ -561,7 +489,7 @@ def strong_params(r: np.random.Generator) -> list[float]:
 
 
 def cutmix_box(crop: int, r: np.random.Generator) -> tuple[int, int, int, int]:
-    """With p 0.5 a box of 2-40 % of the crop and aspect 0.3-1/0.3, fully inside; else an empty one."""
+    """With p 0.5 a box of 2-40 % of the crop, aspect 0.3-1/0.3, fully inside; else an empty one."""
     if r.random() < 0.5:
         return 0, 0, 0, 0
     while True:
@@ -575,34 +503,33 @@ def cutmix_box(crop: int, r: np.random.Generator) -> tuple[int, int, int, int]:
 class TrainBatches(Dataset):
     """One rank's share of the global batch of a step; the step is the index.
 
-    Item `step`: x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R]; unless labeled_only also u, u_rect
-    alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box), `order` (of the four
-    jitter ops, one for the whole global batch), `position` [b] in the global batch; x_id and u_id.
+    Item `step`: x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R]; unless labeled_only also
+    u and u_rect alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box) and
+    `order` of the four jitter ops, one for the whole global batch; x_id and u_id name the images.
     An InputError comes back as {"error": line}: a worker must not die in silence.
     """
 
     def __init__(
         self, split: Split, args: argparse.Namespace, rank: int = 0, world: int = 1
     ) -> None:
-        self.split, self.seed, self.crop, self.batch = (
-            split,
-            args.seed,
-            args.crop_size,
-            args.batch_size,
-        )
-        self.labeled_only, self.steps, self.scale = args.labeled_only, args.iters, args.scale
         share = args.batch_size // world
-        self.positions = range(rank * share, (rank + 1) * share)
+        self.positions = range(rank * share, (rank + 1) * share)  # in the global batch
+        self.split, self.seed, self.labeled_only = split, args.seed, args.labeled_only
+        self.crop, self.scale = args.crop_size, args.scale
+        self.batch, self.steps = args.batch_size, args.iters
 
     def __len__(self) -> int:
         return self.steps
 
-    def pick(self, items: list[Item], stream: str, step: int, position: int) -> Item:
-        """Epochs of shuffled images without the incomplete last batch, so a batch repeats no image."""
+    def rngs(self, stream: str, step: int) -> list[np.random.Generator]:
+        """The random numbers of each sample of a step."""
+        return [rng(self.seed, stream, step, p) for p in self.positions]
+
+    def pick(self, items: list[Item], stream: str, step: int) -> list[Item]:
+        """Epochs of shuffled images, incomplete last batches dropped: no image twice in one."""
         epoch, k = divmod(step, max(1, len(items) // self.batch))
-        return items[
-            _order(self.seed, stream, epoch, len(items))[(k * self.batch + position) % len(items)]
-        ]
+        order = _order(self.seed, stream, epoch, len(items))
+        return [items[order[(k * self.batch + p) % len(items)]] for p in self.positions]
 
     def __getitem__(self, step: int) -> dict:
         try:
@@ -611,44 +538,25 @@ class TrainBatches(Dataset):
             return {"error": str(e)}
 
     def load(self, step: int) -> dict:
-        labeled = [self.pick(self.split.labeled, "labeled", step, p) for p in self.positions]
-        views = []
-        for item, p in zip(labeled, self.positions, strict=True):
+        labeled, views = self.pick(self.split.labeled, "labeled", step), []
+        for item, r in zip(labeled, self.rngs("x", step), strict=True):
             image = read_image(item)
             mask = read_mask(item, image.size, len(self.split.classes))
-            views.append(
-                weak_view(image, mask, self.crop, self.scale, rng(self.seed, "x", step, p))
-            )
+            views.append(weak_view(image, mask, self.crop, self.scale, r))
         x, y, rect = zip(*views, strict=True)
-        batch = {
-            "x": _stack(x),
-            "y": _stack(y),
-            "x_rect": torch.tensor(rect),
-            "x_id": [i.id for i in labeled],
-        }
+        batch = {"x": _stack(x), "y": _stack(y), "x_rect": torch.tensor(rect)}
+        batch["x_id"] = [item.id for item in labeled]
         if self.labeled_only:
             return batch
-        unlabeled = [self.pick(self.split.unlabeled, "unlabeled", step, p) for p in self.positions]
-        views = [
-            weak_view(read_image(item), None, self.crop, self.scale, rng(self.seed, "u", step, p))
-            for item, p in zip(unlabeled, self.positions, strict=True)
-        ]
+        unlabeled = self.pick(self.split.unlabeled, "unlabeled", step)
+        pairs = zip(unlabeled, self.rngs("u", step), strict=True)
+        views = [weak_view(read_image(item), None, self.crop, self.scale, r) for item, r in pairs]
         u, _, rect = zip(*views, strict=True)
-        keys = [[(self.seed, f"view{v}", step, p) for p in self.positions] for v in (1, 2)]
-        boxes = [
-            [cutmix_box(self.crop, rng(k[0], "box" + k[1], *k[2:])) for k in ks] for ks in keys
-        ]
-        return batch | {
-            "u": _stack(u),
-            "u_rect": torch.tensor(rect),
-            "u_id": [i.id for i in unlabeled],
-            "strong": torch.tensor(
-                [[strong_params(rng(*k)) for k in ks] for ks in keys], dtype=torch.float32
-            ),
-            "box": torch.tensor(boxes),
-            "order": rng(self.seed, "order", step).permutation(4).tolist(),
-            "position": torch.tensor(self.positions),
-        }
+        batch |= {"u": _stack(u), "u_rect": torch.tensor(rect), "u_id": [i.id for i in unlabeled]}
+        strong = [[strong_params(r) for r in self.rngs(f"strong{v}", step)] for v in (1, 2)]
+        boxes = [[cutmix_box(self.crop, r) for r in self.rngs(f"box{v}", step)] for v in (1, 2)]
+        order = rng(self.seed, "order", step).permutation(4).tolist()
+        return batch | {"strong": torch.tensor(strong), "box": torch.tensor(boxes), "order": order}
 
 
 @functools.lru_cache(maxsize=8)
@@ -660,19 +568,17 @@ def _stack(arrays: tuple[np.ndarray, ...]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
-def _loader(dataset: Dataset, sampler: list | range, workers: int, pin: bool) -> DataLoader:
+def _loader(dataset: Dataset, steps: range, workers: int, device: torch.device) -> DataLoader:
     # batch_size=None: an item is a batch already
-    return DataLoader(
-        dataset, batch_size=None, sampler=sampler, num_workers=workers, pin_memory=pin
-    )
+    pin = device.type == "cuda"
+    return DataLoader(dataset, None, sampler=steps, num_workers=workers, pin_memory=pin)
 
 
 def train_batches(
     dataset: TrainBatches, start: int, workers: int, device: torch.device
 ) -> Iterator[dict]:
-    """Yields the batches of steps start, start + 1, ... on the device; images as [B, 3, H, W] in [0, 1]."""
-    loader = _loader(dataset, range(start, len(dataset)), workers, device.type == "cuda")
-    for batch in loader:
+    """Yields the batches from step `start` on, on the device; images [B, 3, H, W] in [0, 1]."""
+    for batch in _loader(dataset, range(start, len(dataset)), workers, device):
         if "error" in batch:
             raise InputError(batch["error"])
         for name, value in batch.items():
@@ -697,15 +603,20 @@ def rect_mask(rect: Tensor, height: int, width: int) -> Tensor:
 
 def normalize(x: Tensor) -> Tensor:
     """[B, 3, H, W] in [0, 1] to the backbones' zero mean and unit deviation."""
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = _mean_std(x.device)
     return (x - mean) / std
 
 
-def strong_views(u: Tensor, strong: Tensor, order: list[int]) -> Tensor:
-    """Strong views of u [B, 3, H, W] in [0, 1]: strong [V, B, 6] (see strong_params) gives [V, B, 3, H, W].
+@functools.cache
+def _mean_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
 
-    The ops and their formulas are torchvision's, with parameters per image; the order of the four jitter ops
-    is one for the whole batch, drawn anew each step.
+
+def strong_views(u: Tensor, strong: Tensor, order: list[int]) -> Tensor:
+    """Strong views [V, B, 3, H, W] of u [B, 3, H, W] in [0, 1] by strong [V, B, 6] (strong_params).
+
+    The ops and their formulas are torchvision's, with parameters per image; the order of the four
+    jitter ops is one for the whole batch, drawn anew each step.
     """
     views, b = strong.shape[:2]
     x = u.repeat(views, 1, 1, 1)  # [VB, 3, H, W]
@@ -748,7 +659,7 @@ def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def _gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 6) -> Tensor:
-    """Separable blur with a sigma per image [B, 1, 1, 1]; 0 leaves the image as it is. Reflected borders."""
+    """Separable blur, a sigma per image [B, 1, 1, 1], 0 = none; borders are reflected."""
     k = torch.arange(-radius, radius + 1, device=x.device)
     weight = torch.exp(-0.5 * (k / sigma.clamp_min(1e-3)) ** 2)  # [B, 1, 1, 2r+1]
     weight = (weight / weight.sum(-1, keepdim=True)).unbind(-1)
@@ -764,10 +675,11 @@ def _gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 6) -> Tensor:
 
 
 class ValBatches(Dataset):
-    """Every val image once, in batches of one padded size; the batches do not depend on who reads them.
+    """Every val image once, in batches of one padded size that do not depend on who reads them.
 
-    Item k: image [b, H, W, 3] uint8 and label [b, H, W] uint8, padded at the right and bottom to multiples of
-    `grid` (label 255 there), size [(height, width)] before padding, id [b]. A batch has at most `pixels`.
+    Item k: image [b, H, W, 3] uint8 and label [b, H, W] uint8, padded at the right and bottom to
+    multiples of `grid` (label 255 there), size [(height, width)] before padding, id [b]. A batch
+    has at most `pixels`.
     """
 
     def __init__(self, items: list[Item], num_classes: int, grid: int, pixels: int = 2**21) -> None:
@@ -818,27 +730,25 @@ def _size(item: Item) -> tuple[int, int]:
     if isinstance(item.image, int):
         return SHAPES_SIZE, SHAPES_SIZE
     try:
-        with Image.open(item.image) as image:
+        with Image.open(item.image) as image:  # reads the header alone
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(
-            f"{item.image}: cannot be read as an image ({e}); replace or remove it"
-        ) from None
+        raise InputError(f"{item.image}: no readable image ({e}); replace or remove it") from None
 
 
 def val_batches(
     dataset: ValBatches, rank: int, world: int, workers: int, device: torch.device
 ) -> Iterator[dict]:
-    """Yields this rank's share of the val batches on the device: image [b, 3, H, W] normalised, label int64."""
-    for batch in _loader(dataset, range(rank, len(dataset), world), workers, device.type == "cuda"):
+    """Yields a rank's share of the val batches: image [b, 3, H, W] normalised, label int64."""
+    for batch in _loader(dataset, range(rank, len(dataset), world), workers, device):
         if "error" in batch:
             raise InputError(batch["error"])
-        image = batch["image"].to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-        label = batch["label"].to(device, non_blocking=True).long()
-        yield batch | {"image": normalize(image), "label": label}
+        image, label = (batch[k].to(device, non_blocking=True) for k in ("image", "label"))
+        image = normalize(image.permute(0, 3, 1, 2).float() / 255)
+        yield batch | {"image": image, "label": label.long()}
 
 
-# --------------------------------------------------------------------------- pictures and the command line
+# ------------------------------------------------------------------ pictures and command line
 
 
 def palette() -> np.ndarray:
@@ -871,7 +781,7 @@ def check(source: Source) -> list[str]:
 
 
 def download(root: Path) -> None:
-    """Fetches VOC 2012 and SBD through torchvision; writes SegmentationClassAug and trainaug.txt."""
+    """Fetches VOC 2012 and SBD by torchvision; writes SegmentationClassAug, trainaug.txt."""
     from torchvision.datasets import SBDataset, VOCSegmentation
 
     try:
@@ -937,12 +847,7 @@ def main() -> None:
     )
     p.add_argument("--split", default="1/16", help="as in the method scripts")
     p.add_argument("--split-seed", type=int, default=0, help="as in the method scripts")
-    p.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="classic",
-        help="VOC's masks",
-    )
+    p.add_argument("--protocol", choices=PROTOCOLS, default="classic", help="VOC's masks")
     p.add_argument("--seed", type=int, default=0, help="of the preview")
     args = p.parse_args()
     name = find_dataset(args.dataset, args.root)
@@ -959,14 +864,8 @@ def main() -> None:
         print(f"{split.line}\nwritten to {args.write_split}")
     else:
         faults = check(source)
-        print(
-            "\n".join(
-                faults
-                + [
-                    f"{name}: {len(source.train)} train, {len(source.val)} val images, {len(faults)} faults"
-                ]
-            )
-        )
+        counts = f"{len(source.train)} train, {len(source.val)} val images"
+        print(*faults, f"{name}: {counts}, {len(faults)} faults", sep="\n")
         if faults:
             raise SystemExit(1)
 

@@ -11,7 +11,7 @@ Dimension key: B images of this rank, C classes, H W pixels, h w cells of the st
 channels of the classifier's input. x, y labelled; u weak and u1 strong view of an unlabelled crop;
 z logits, z~ augmented logits (`z_aug`), f features; suffixes _s1 _s2 students, _t1 _t2 teachers.
 
-    torchrun --nproc_per_node=4 mkd.py --split 1/16      # GPUs; plain `python mkd.py` for one or none
+    torchrun --nproc_per_node=4 mkd.py --split 1/16      # plain `python mkd.py`: one GPU or none
 
 Inference uses S1 alone. `reading:` marks what no text settles; the README lists departures.
 """
@@ -28,10 +28,11 @@ from torch import Tensor, nn
 import common
 import data
 from common import masked_mean, rank_sum
+from networks import build_network, load_weights, upsample
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The shared flags and MKD's own. --threshold is off (0) unless given, as in the released config."""
+    """The shared flags and MKD's own; --threshold is off (0), as in the released config."""
     p = common.make_parser("mkd", __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
     g = p.add_argument_group("MKD")
@@ -69,14 +70,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def update_teacher(teacher: nn.Module, student: nn.Module, t: int, ema: float) -> None:
     """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), at the start of step t from 1.
 
-    Parameters only, in float32: a teacher's batch norm keeps its own statistics. At t = 1 it becomes a copy.
+    Parameters only, in float32: a teacher's batch norm keeps its own statistics. At t = 1 it
+    becomes a copy.
     """
     m = min(1 - 1 / t, ema)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - m)
 
 
 def mix_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
-    """Three boxes (top, left, bottom, right): p ~ U(.25, .5), h = exp(U ln p), w = p / h, both times sqrt(1/3)."""
+    """Three boxes: p ~ U(.25, .5), h = exp(U ln p), w = p / h, both times sqrt(1/3)."""
     boxes = []
     for p, a, top, left in r.uniform((0.25, 0, 0, 0), (0.5, 1, 1, 1), (3, 4)):
         h = math.exp(a * math.log(p))
@@ -87,7 +89,7 @@ def mix_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
 
 
 def mix_mask(boxes: Tensor, crop: int) -> Tensor:
-    """M [B, H, W] bool, three boxes [B, 3, 4] XORed onto zeros: True keeps a pixel, False takes the partner's."""
+    """M [B, H, W], boxes [B, 3, 4] XORed onto zeros: True keeps a pixel, False is the partner's."""
     one, two, three = (data.rect_mask(b, crop, crop) for b in boxes.unbind(1))
     return one ^ two ^ three
 
@@ -95,8 +97,8 @@ def mix_mask(boxes: Tensor, crop: int) -> Tensor:
 def mix(t: Tensor, m: Tensor) -> Tensor:
     """M * t + (1 - M) * t[pi] for t [B, ..., H, W]; M is resized to t by its nearest cells.
 
-    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two, so it is on the same rank however
-    many ranks there are, and never the image itself.
+    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
+    the same rank however many ranks there are, and never the image itself.
     """
     pi = torch.arange(len(t), device=t.device) ^ 1
     m = m if m.shape[-2:] == t.shape[-2:] else common.resize_mask(m, t.shape[-2:])
@@ -104,10 +106,10 @@ def mix(t: Tensor, m: Tensor) -> Tensor:
 
 
 class ClassStatistics(nn.Module):
-    """Running mean mu_c [C, A] and diagonal covariance Sigma_c [C, A] of one network's classifier input.
+    """Running mean mu_c [C, A], diagonal covariance Sigma_c [C, A] of a network's classifier input.
 
-    After each update they are the exact mean and population variance, per class, of all pixels seen so far on all
-    ranks. Buffers, so the checkpoint has them.
+    After each update they are the exact mean and population variance, per class, of all pixels seen
+    so far on all ranks. Buffers, so the checkpoint has them.
     """
 
     def __init__(self, num_classes: int, width: int) -> None:
@@ -118,7 +120,7 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, f: Tensor, label: Tensor) -> None:
-        """Takes in the pixels of f [B, A, h, w] under their class, label [B, h, w]; 255 is left out."""
+        """Takes in pixels f [B, A, h, w] under their class label [B, h, w]; 255 is left out."""
         f = f.flatten(2).transpose(1, 2).to(self.mean.dtype)  # [B, hw, A]
         classes = torch.arange(len(self.count), device=f.device)
         member = (label.flatten(1)[:, None] == classes[:, None]).to(f.dtype)  # [B, C, hw]
@@ -127,7 +129,8 @@ class ClassStatistics(nn.Module):
         n, s1, s2 = rank_sum(torch.cat([n, s1, s2], 1)).split([1, f.shape[2], f.shape[2]], 1)
         mean = s1 / n.clamp_min(1)
         var = (s2 / n.clamp_min(1) - mean.square()).clamp_min(0)
-        # w_c = n_c / (n_c + N_c);  Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2;  mu <- (1-w) mu + w mean
+        # w_c = n_c / (n_c + N_c);  mu <- (1-w) mu + w mean
+        # Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2
         w = n / (n + self.count[:, None]).clamp_min(1)
         self.var.copy_((1 - w) * self.var + w * var + w * (1 - w) * (self.mean - mean).square())
         self.mean.copy_((1 - w) * self.mean + w * mean)
@@ -135,9 +138,10 @@ class ClassStatistics(nn.Module):
 
 
 def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:
-    """z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a for a pixel of class y = label [B, h, w].
+    """z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a for pixels of class y = label.
 
-    z [B, C, h, w]; W [C, A] and Sigma [C, A] are constants. A table K[y, c], looked up per pixel; 255 adds nothing.
+    z [B, C, h, w], label [B, h, w]; W [C, A] and Sigma [C, A] are constants. The sum is a table
+    K[y, c], looked up per pixel, zero for 255.
     """
     w, classes = weight.detach().flatten(1).float(), len(weight)
     k = 0.5 * strength * ((w[None] - w[:, None]).square() * var[:, None]).sum(2)  # [C, C]
@@ -145,10 +149,29 @@ def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: flo
     return z + k[label.clamp_max(classes)].permute(0, 3, 1, 2)
 
 
+def augment_network(
+    z: Tensor,
+    f: Tensor,
+    net: nn.Module,
+    stats: ClassStatistics,
+    y: Tensor,
+    valid: Tensor,
+    strength: float,
+) -> Tensor:
+    """z~ of one network: updates its statistics with f, then augments z [B, C, h, w].
+
+    The first images of the batch are labelled, y [B_x, h, w]; the pixels of the others are of the
+    class that z itself says. Pixels that are not `valid` [B, h, w] take no part.
+    """
+    label = torch.cat([y, z[len(y) :].detach().argmax(1)]).where(valid, data.IGNORE)
+    stats.update(f.detach(), label)
+    return augment(z, label, net.classifier.weight, stats.var, strength)
+
+
 def mutual_losses(
     z_s: list[Tensor], t_t: list[Tensor], keep_t: list[Tensor], valid: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """L_st and L_ss over the valid pixels; lists hold network 1 and 2, z_s [B, C, h, w] are the students' z~.
+    """L_st and L_ss over valid pixels; lists hold networks 1 and 2; z_s [B, C, h, w]: students' z~.
 
     L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1): a student learns from the other student's teacher.
     L_ss = CE(z~_S1, t_S2) + CE(z~_S2, t_S1), t_Si = argmax z~_Si: the students teach each other.
@@ -182,7 +205,8 @@ class Students(nn.Module):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.test_only:
-        return common.test(args)
+        common.test(args)
+        return
 
     # ---- setup, data
     run = common.Run(args)
@@ -191,8 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     # ---- networks, optimizer: one seed, drawn on for both students, so their heads differ
     students = []
     for _ in range(2):
-        net = common.build_network(args.backbone, classes, args.output_stride, args.decoder)
-        run.say(common.load_weights(net, args.backbone, args.weights))
+        net = build_network(args.backbone, classes, args.output_stride, args.decoder)
+        run.say(load_weights(net, args.backbone, args.weights))
         students.append(run.place(net))
     teachers = [copy.deepcopy(net).requires_grad_(False) for net in students]
     width = students[0].classifier.in_channels
@@ -239,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
             m = mix_mask(run.put(torch.tensor(boxes)), args.crop_size)
 
             with torch.no_grad():
-                # Teachers (train mode) see x and u; their logits and features are mixed like the image.
+                # Teachers (train mode) see x and u; logits and features are mixed like the image.
                 z_t, f_t = [], []
                 for teacher, student in zip(teachers, students, strict=True):
                     update_teacher(teacher, student, t, args.ema)
@@ -255,26 +279,24 @@ def main(argv: list[str] | None = None) -> None:
 
             # L_sup,i = CE(S_i(x), y) at full resolution
             loss_sup1, loss_sup2 = (
-                common.supervised_loss(common.upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss)
+                common.supervised_loss(upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss)
                 for z in z_s
             )
 
-            # z~ of each network: labelled pixels are of class y, unlabelled ones of its own un-augmented argmax
+            # z~ of each network: labelled pixels have class y, others its un-augmented argmax
             size = z_s1.shape[-2:]
             valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], m)]) | args.keep_padding
             valid_4 = common.resize_mask(valid, size)
             y_4 = F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long()
 
-            def augmented(net: nn.Module, stat: ClassStatistics, z: Tensor, f: Tensor) -> Tensor:
-                label = torch.cat([y_4, z[n_x:].detach().argmax(1)]).where(valid_4, data.IGNORE)
-                stat.update(f.detach(), label)
-                return augment(z, label, net.classifier.weight, stat.var, strength)
-
             z_aug_s, z_aug_t = z_s, z_t
+            known = (y_4, valid_4, strength)
             if args.fa != "none":
-                z_aug_s = [augmented(*p) for p in zip(students, stats_s, z_s, f_s, strict=True)]
+                networks = zip(z_s, f_s, students, stats_s, strict=True)
+                z_aug_s = [augment_network(*network, *known) for network in networks]
             if args.fa == "all":
-                z_aug_t = [augmented(*p) for p in zip(teachers, stats_t, z_t, f_t, strict=True)]
+                networks = zip(z_t, f_t, teachers, stats_t, strict=True)
+                z_aug_t = [augment_network(*network, *known) for network in networks]
 
             # L_st, L_ss at half of the stride-4 resolution, over labelled and unlabelled pixels
             z_aug_s, z_aug_t, z_t = (

@@ -1,4 +1,4 @@
-"""SegKC: semi-supervised segmentation by knowledge consultation (Than et al., arXiv 2503.10693, 2025).
+"""SegKC: semi-supervised segmentation by knowledge consultation (Than et al., arXiv 2503.10693).
 
 A senior S and a junior J of different backbones are trained together: each learns the other's
 pseudo-labels (cross pseudo supervision), each draws its features towards the other's (feature
@@ -10,7 +10,7 @@ Dimension key: B images of this rank, C classes, H W pixels, h w cells of a back
 x, y labelled; u weak and u1 strong view of an unlabelled crop, u_mix its CutMix; z logits, f last
 backbone map, g its projection to the other network's width; suffixes _s senior, _j junior.
 
-    torchrun --nproc_per_node=4 segkc.py --split 1/2      # GPUs; plain `python segkc.py` for one or none
+    torchrun --nproc_per_node=4 segkc.py --split 1/2    # plain `python segkc.py`: one GPU or none
 
 Inference uses the junior alone. The paper has no public code: every `reading:` is ours and a flag.
 """
@@ -24,20 +24,21 @@ from torch import Tensor, nn
 import common
 import data
 from common import masked_mean
+from networks import BACKBONES, build_network, load_weights, upsample
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The shared flags and SegKC's own. --backbone is the junior's, the network that inference uses."""
+    """The shared flags and SegKC's own; --backbone is the junior's, the one of inference."""
     p = common.make_parser("segkc", __doc__.splitlines()[0])
     g = p.add_argument_group("SegKC")
     g.add_argument(
         "--junior",
         dest="backbone",
-        choices=common.BACKBONES,
+        choices=BACKBONES,
         default=argparse.SUPPRESS,
         help="another name of --backbone",
     )
-    g.add_argument("--senior", choices=common.BACKBONES, help="encoder of the senior")
+    g.add_argument("--senior", choices=BACKBONES, help="encoder of the senior")
     g.add_argument("--senior-weights", help="like --weights, of the senior; unset: --weights")
     g.add_argument(
         "--lambda-cps", type=common.WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels"
@@ -66,10 +67,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def cutmix(t: Tensor, box: Tensor) -> Tensor:
-    """Inside `box` (bool, True = take the partner's) t [B, ..., H, W] is its neighbour in the batch.
+    """t [B, ..., H, W], but its partner's inside `box` [B, H, W] bool.
 
-    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two, so it is on the same rank however
-    many ranks there are, and never the image itself.
+    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
+    the same rank however many ranks there are, and never the image itself.
     """
     pi = torch.arange(len(t), device=t.device) ^ 1
     return torch.where(box if t.dim() == 3 else box[:, None], t[pi], t)
@@ -78,7 +79,7 @@ def cutmix(t: Tensor, box: Tensor) -> Tensor:
 def cps_loss(
     z: Tensor, pseudo_label: Tensor, confidence: Tensor, valid: Tensor, tau: float
 ) -> Tensor:
-    """M(CE(z, y_hat), c >= tau): one network's logits against the other's pseudo-label and confidence (step 5)."""
+    """M(CE(z, y_hat), c >= tau) (step 5): a network's logits, the other's label and confidence."""
     ce = F.cross_entropy(z, pseudo_label, reduction="none")  # [B, H, W]
     return masked_mean(ce, (confidence >= tau) & valid, valid)
 
@@ -86,9 +87,10 @@ def cps_loss(
 def consultation(g: Tensor, f: Tensor, valid: Tensor) -> Tensor:
     """d(g, sg f) = 1 - cosine over channels, mean over valid cells (step 6).
 
-    g [B, A, h', w'] is the learning network's projected map, resized to f's grid; f [B, A, h, w]; valid [B, H, W].
+    g [B, A, h', w'] is the learning network's projected map, resized to the grid of f [B, A, h, w];
+    valid [B, H, W].
     """
-    g = common.upsample(g, f.shape[-2:]) if g.shape[-2:] != f.shape[-2:] else g.float()
+    g = upsample(g, f.shape[-2:]) if g.shape[-2:] != f.shape[-2:] else g.float()
     cells = common.resize_mask(valid, f.shape[-2:])
     return masked_mean(1 - F.cosine_similarity(g, f.detach().float(), dim=1), cells, cells)
 
@@ -101,7 +103,7 @@ def distillation(z_s: Tensor, z_j: Tensor, valid: Tensor, t: float) -> Tensor:
 
 
 class Pair(nn.Module):
-    """Senior and junior in one module, so that one DDP carries both, with their training-only projections."""
+    """Senior and junior with their training-only projections, so that one DDP carries all."""
 
     def __init__(self, senior: nn.Module, junior: nn.Module) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class Pair(nn.Module):
         self.project_s, self.project_j = nn.Conv2d(a_s, a_j, 1), nn.Conv2d(a_j, a_s, 1)
 
     def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(z, f, g) of the senior, then of the junior: logits [B, C, H, W], last map, its projection."""
+        """(z, f, g) of senior and junior: logits [B, C, H, W], last map, its projection."""
         out = []
         for net, project in ((self.senior, self.project_s), (self.junior, self.project_j)):
             z, _, f = net(x, features=True)
@@ -124,7 +126,8 @@ class Pair(nn.Module):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.test_only:
-        return common.test(args)
+        common.test(args)
+        return
 
     # ---- setup, data
     run = common.Run(args)
@@ -136,8 +139,8 @@ def main(argv: list[str] | None = None) -> None:
         ("junior", args.backbone, args.weights),
         ("senior", args.senior, args.senior_weights or args.weights),
     ):
-        net = common.build_network(backbone, classes, args.output_stride, args.decoder)
-        run.say(f"{name}: {common.load_weights(net, backbone, weights)}")
+        net = build_network(backbone, classes, args.output_stride, args.decoder)
+        run.say(f"{name}: {load_weights(net, backbone, weights)}")
         nets[name] = run.place(net)
     junior, senior = nets.values()
     pair = Pair(senior, junior).to(run.device, memory_format=torch.channels_last)
@@ -175,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
             box = data.rect_mask(batch["box"][0], *u.shape[-2:])
 
             with torch.no_grad():
-                # Weak views (step 1), each network's own; reading: in eval mode. Cut like u_mix (step 2).
+                # Weak views (step 1), in eval mode (reading). Cut like u_mix (step 2).
                 pseudo_label, confidence = {}, {}
                 for name, net in nets.items():
                     net.eval()
@@ -196,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
                 common.supervised_loss(z[:n_x], y, args.sup_loss) for z in (z_s, z_j)
             )
             loss_sup = 0.5 * (loss_sup_s + loss_sup_j)
-            # L_cps = 1/2 [M(CE(z_S(u_mix), y_hat_J), c_J >= tau) + M(CE(z_J(u_mix), y_hat_S), c_S >= tau)] (step 5)
+            # L_cps = 1/2 [M(CE(z_S(u_mix), y_hat_J), c_J >= tau)
+            #            + M(CE(z_J(u_mix), y_hat_S), c_S >= tau)] (step 5)
             of_j, of_s = (
                 (pseudo_label[k], confidence[k], valid_u, args.threshold)
                 for k in ("junior", "senior")
@@ -210,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
             # L_kd = KL(sg p_S || p_J) on u_mix (step 7)
             loss_kd = distillation(z_s[n_x:], z_j[n_x:], valid_u, args.temperature)
 
-            # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd (step 8)
+            # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd
             loss_unlabeled = args.lambda_cps * loss_cps + args.lambda_feat * loss_feat / 2
             loss_unlabeled = loss_unlabeled + args.lambda_kd * loss_kd
             loss = loss_sup + run.ramp(step) * loss_unlabeled

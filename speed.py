@@ -1,21 +1,23 @@
-"""SPEED with EntropyMix: self pseudo entropy knowledge distillation (Lu et al., IEEE TCSVT 34(8), 2024).
+"""SPEED with EntropyMix: self pseudo entropy knowledge distillation (Lu et al., TCSVT 34(8), 2024).
 
-Two strong views of an unlabelled crop are cut into cells; a new image takes each cell from the view whose prediction
-has the higher entropy (EntropyMix). The network learns the mixed image from its own prediction on the weak view: by
-pseudo-label (L_u), by its softened logits (L_logit) and by the relations between its features (L_feat). One network,
-no teacher, no auxiliary head.
+Two strong views of an unlabelled crop are cut into cells; a new image takes each cell from the view
+whose prediction has the higher entropy (EntropyMix). The network learns this image from its own
+prediction on the weak view: by pseudo-label (L_u), by its logits (L_logit) and by the relations
+between its features (L_feat). One network, no teacher, no auxiliary head.
 
     L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit)
 
-Dimension key: B images of this rank, C classes, H W pixels, h w cells of a stride-4 map, n grid cells a side (--grid),
-N positions of the stride-16 map. x, y labelled; u weak, u1 u2 strong, m mixed; valid is True where a crop holds image.
+Dimension key: B images of this rank, C classes, H W pixels, h w cells of a stride-4 map, n grid
+cells a side (--grid), N positions of the stride-16 map. x, y labelled; u weak, u1 u2 strong, m
+mixed views; valid is True where a crop holds image.
 
-    torchrun --nproc_per_node=4 speed.py --split 1/16      # GPUs; plain `python speed.py` for one or none
+    torchrun --nproc_per_node=4 speed.py --split 1/16    # plain `python speed.py`: one GPU or none
 
-The paper has no public code: every `reading:` below is ours and a flag. What has been measured is in the README.
+The paper has no public code: every reading is ours and a flag, and listed in the README.
 """
 
 import argparse
+import itertools
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 import common
 import data
 from common import masked_mean
+from networks import build_network, load_weights
 
 PAD_ENTROPY = -1.0  # entropy of a cell without image: below every real one
 
@@ -62,17 +65,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def cutmix(t: Tensor, box: Tensor) -> Tensor:
-    """Inside `box` (bool, True = take the partner's) t [B, ..., H, W] is its neighbour in the batch.
+    """t [B, ..., H, W], but its partner's inside `box` [B, H, W] bool.
 
-    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two, so it is on the same rank however
-    many ranks there are, and never the image itself.
+    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
+    the same rank however many ranks there are, and never the image itself.
     """
     pi = torch.arange(len(t), device=t.device) ^ 1
     return torch.where(box if t.dim() == 3 else box[:, None], t[pi], t)
 
 
 def cell_entropy(z: Tensor, valid: Tensor, n: int) -> Tensor:
-    """H = -sum_k p_k log p_k, its mean over the valid pixels of each cell: [B, C, H, W] to [B, n, n]."""
+    """Mean of H = -sum_k p_k log p_k over the valid pixels of a cell: z to [B, n, n]."""
     log_p = z.log_softmax(1)
     entropy = -(log_p.exp() * log_p).sum(1) * valid  # [B, H, W]
     total, count = (cell_sum(t, n) for t in (entropy, valid.float()))
@@ -84,12 +87,14 @@ def cell_sum(t: Tensor, n: int) -> Tensor:
     for dim in (1, 2):
         size = t.shape[dim]
         edges = [i * size // n for i in range(n + 1)]
-        t = torch.stack([t.narrow(dim, a, b - a).sum(dim) for a, b in zip(edges, edges[1:])], dim)
+        t = torch.stack(
+            [t.narrow(dim, a, b - a).sum(dim) for a, b in itertools.pairwise(edges)], dim
+        )
     return t
 
 
 def pick_view(h1: Tensor, h2: Tensor, pick: str) -> Tensor:
-    """EntropyMix: which view each cell [B, n, n] is taken from, True = the second; a cell of padding never wins."""
+    """EntropyMix: True where a cell [B, n, n] is the second view's; padding never wins."""
     empty = (h1 < 0) | (h2 < 0)
     return torch.where(empty | (pick != "min"), h2 > h1, h2 < h1)
 
@@ -106,7 +111,7 @@ def mixed_image(
 ) -> tuple[Tensor, Tensor]:
     """m, and box_m [B, H, W], True where a pixel of m is the partner's.
 
-    Targets exist once per weak view, so mixing the two views' cut targets is cutting the target with box_m:
+    Both views have the targets of u, so mixing the two cut targets is one cut with box_m:
     where(second, cutmix(t, box2), cutmix(t, box1)) = cutmix(t, where(second, box2, box1)).
     """
     m = torch.where(second[:, None], cutmix(u2, box2), cutmix(u1, box1))
@@ -121,9 +126,9 @@ def logit_loss(z_t: Tensor, z_m: Tensor, valid_m: Tensor, t: float) -> Tensor:
 
 
 def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor) -> Tensor:
-    """L_feat (step 9): KL between rows of S = softmax(f f^T / 0.1), f pooled to stride 16 and of unit length.
+    """L_feat (step 9): KL(S_T || S_m), S = row-softmax(f f^T / 0.1), f unit at stride 16.
 
-    f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Cells that are mostly padding are no row and no column of S.
+    f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Mostly padded cells are no row and no column of S.
     """
     pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # 4 at stride 4
     f_t, f_m = (
@@ -149,15 +154,16 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.test_only:
-        return common.test(args)
+        common.test(args)
+        return
 
     # ---- setup, data
     run = common.Run(args)
-    device, classes = run.device, len(run.split.classes)
+    classes = len(run.split.classes)
 
     # ---- networks, optimizer
-    net = common.build_network(args.backbone, classes, args.output_stride, args.decoder)
-    run.say(common.load_weights(net, args.backbone, args.weights))
+    net = build_network(args.backbone, classes, args.output_stride, args.decoder)
+    run.say(load_weights(net, args.backbone, args.weights))
     net = run.place(net)
     model = run.distribute(net)
     head_lr = args.lr * args.head_lr_mult
@@ -182,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
             loss = common.supervised_loss(z_x, y, args.sup_loss)
             terms = {"loss": loss}
         else:
-            # Views (step 1): u, u1, u2 of one crop; host CutMix cuts u1 and u2 with boxes of their own.
+            # Views (step 1): u, u1, u2 of one crop; u1 and u2 are CutMixed, each with its box.
             valid, u = batch["u_valid"], data.normalize(batch["u"])
             u1, u2 = (
                 data.normalize(v)
@@ -191,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
             box1, box2 = (data.rect_mask(b, *u.shape[-2:]) & args.host_cutmix for b in batch["box"])
 
             with torch.no_grad():
-                # Predictions (step 2): z_u, f_u = net(u); z_1 = net(u1); z_2 = net(u2), in eval mode.
+                # Step 2, in eval mode: z_u, f_u = net(u); z_1 = net(u1); z_2 = net(u2)
                 net.eval()
                 views = [u, cutmix(u1, box1), cutmix(u2, box2)] if args.entropy_mix else [u]
                 with run.autocast():
@@ -199,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
                 net.train()
                 z_u, f_u = z[: len(u)], f[: len(u)]
 
-                # EntropyMix (steps 4, 5): m takes each cell from the view with the higher entropy H_v.
+                # EntropyMix (steps 4, 5): a cell of m is the view's with the higher entropy H_v.
                 n = args.grid
                 second = torch.zeros_like(box1)
                 if args.entropy_mix:
@@ -241,7 +247,9 @@ def main(argv: list[str] | None = None) -> None:
             loss_feat = relation_loss(f_t, f_m, valid_m)
 
             # L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit) (step 10)
-            loss_unlabeled = args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
+            loss_unlabeled = (
+                args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
+            )
             loss = 0.5 * (loss_x + run.ramp(step) * loss_unlabeled)
             confident = masked_mean(torch.ones_like(confidence), keep, valid_m)
             terms = {
