@@ -57,6 +57,7 @@ _CITY = dict(crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1.0,
 _CITY |= dict(sup_loss="ohem", eval_mode="slide")
 _SHAPES = dict(backbone="resnet18", weights="none", optimizer="adamw", lr=1e-3, head_lr_mult=1.0)
 _SHAPES |= dict(crop_size=64, batch_size=8, epochs=10, scale=(0.8, 1.25), ramp=0.5)
+_SHAPES |= dict(eval_every=120)
 PRESETS = dict(pascal=_VOC, folder=_VOC, cityscapes=_CNN | _CITY, shapes=_CNN | _SHAPES)
 _VIT = dict(optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, threshold=0.95)
 _VIT_VOC = _VIT | dict(crop_size=518, batch_size=16, epochs=60)
@@ -556,7 +557,8 @@ class TrainBatches(Dataset):
         strong = [[strong_params(r) for r in self.rngs(f"strong{v}", step)] for v in (1, 2)]
         boxes = [[cutmix_box(self.crop, r) for r in self.rngs(f"box{v}", step)] for v in (1, 2)]
         order = rng(self.seed, "order", step).permutation(4).tolist()
-        return batch | {"strong": torch.tensor(strong), "box": torch.tensor(boxes), "order": order}
+        strong, boxes = torch.tensor(strong, dtype=torch.float32), torch.tensor(boxes)
+        return batch | {"strong": strong, "box": boxes, "order": order}
 
 
 @functools.lru_cache(maxsize=8)
