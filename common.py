@@ -452,6 +452,19 @@ class Run:
             return torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
         return torch.optim.SGD(groups, momentum=0.9, weight_decay=self.args.weight_decay)
 
+    def supervised(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
+        """The loss of --labeled-only: L = CE(model(x), y), or OHEM."""
+        with self.autocast():
+            z = model(data.normalize(batch["x"]))
+        return {"loss": supervised_loss(z, batch["y"], self.args.sup_loss)}
+
+    def update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """zero_grad, backward, step; the scaler does nothing unless --amp fp16."""
+        optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
     def set_lr(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """The polynomial schedule: lr (1 - t/T)^0.9 with t = `step` from 0."""
         poly = (1 - step / self.args.iters) ** 0.9

@@ -150,19 +150,14 @@ def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: flo
 
 
 def augment_network(
-    z: Tensor,
-    f: Tensor,
-    net: nn.Module,
-    stats: ClassStatistics,
-    y: Tensor,
-    valid: Tensor,
-    strength: float,
+    net: nn.Module, stats: ClassStatistics, z: Tensor, f: Tensor, known: tuple
 ) -> Tensor:
-    """z~ of one network: updates its statistics with f, then augments z [B, C, h, w].
+    """z~ of a network: updates its statistics with f [B, A, h, w], then augments z [B, C, h, w].
 
-    The first images of the batch are labelled, y [B_x, h, w]; the pixels of the others are of the
-    class that z itself says. Pixels that are not `valid` [B, h, w] take no part.
+    `known` = (y, valid, strength). The first images are labelled, y [B_x, h, w]; pixels of the others
+    have the class that z itself says; what is not valid [B, h, w] takes no part.
     """
+    y, valid, strength = known
     label = torch.cat([y, z[len(y) :].detach().argmax(1)]).where(valid, data.IGNORE)
     stats.update(f.detach(), label)
     return augment(z, label, net.classifier.weight, stats.var, strength)
@@ -199,7 +194,77 @@ class Students(nn.Module):
         return [self.s1.parts(x), self.s2.parts(x)]
 
 
-# --------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------- training
+
+
+def mkd_step(
+    args: argparse.Namespace,
+    run: common.Run,
+    students: list[nn.Module],
+    teachers: list[nn.Module],
+    stats: nn.ModuleList,
+    model: nn.Module,
+    batch: dict,
+    step: int,
+) -> dict[str, Tensor]:
+    """The losses of one step, "loss" being the total; updates the teachers and the statistics.
+
+    `model` is Students(*students), in DDP if there are ranks; `stats` has S1, S2, T1, T2 in order.
+    """
+    # t from 1; lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
+    t, n_x = step + 1, len(batch["x"])
+    strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
+    x, y, u = data.normalize(batch["x"]), batch["y"], data.normalize(batch["u"])
+    u1 = data.normalize(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
+    boxes = [mix_boxes(args.crop_size, data.rng(args.seed, "mkd", step, p)) for p in run.positions]
+    m = mix_mask(run.put(torch.tensor(boxes)), args.crop_size)
+
+    with torch.no_grad():
+        # Teachers (train mode) see x and u; their logits and features are mixed like the image.
+        z_t, f_t = [], []
+        for teacher, student in zip(teachers, students, strict=True):
+            update_teacher(teacher, student, t, args.ema)
+            with run.autocast():
+                z, f, _ = teacher.parts(torch.cat([x, u]))
+            z_t.append(torch.cat([z[:n_x], mix(z[n_x:], m)]).float())
+            f_t.append(torch.cat([f[:n_x], mix(f[n_x:], m)]))
+
+    # Students see x and u_mix = M * u1 + (1 - M) * u1[pi]
+    with run.autocast():
+        (z_s1, f_s1, _), (z_s2, f_s2, _) = model(torch.cat([x, mix(u1, m)]))
+    z_s, f_s = [z_s1.float(), z_s2.float()], [f_s1, f_s2]
+
+    # L_sup,i = CE(S_i(x), y) at full resolution
+    loss_sup1, loss_sup2 = (
+        common.supervised_loss(upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss) for z in z_s
+    )
+
+    # z~ of each network; labelled pixels have class y, others the network's un-augmented argmax
+    size = z_s1.shape[-2:]
+    valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], m)]) | args.keep_padding
+    y_4 = F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long()
+    known = (y_4, common.resize_mask(valid, size), strength)
+    z_aug_s, z_aug_t = z_s, z_t
+    if args.fa != "none":
+        networks = zip(students, stats[:2], z_s, f_s, strict=True)
+        z_aug_s = [augment_network(*network, known) for network in networks]
+    if args.fa == "all":
+        networks = zip(teachers, stats[2:], z_t, f_t, strict=True)
+        z_aug_t = [augment_network(*network, known) for network in networks]
+
+    # L_st, L_ss at half of the stride-4 resolution, over labelled and unlabelled pixels
+    z_aug_s, z_aug_t, z_t = ([F.avg_pool2d(z, 2) for z in zs] for zs in (z_aug_s, z_aug_t, z_t))
+    t_t = [z.argmax(1) for z in z_aug_t]
+    keep_t = [z.softmax(1).amax(1) >= args.threshold for z in z_t]
+    valid_8 = common.resize_mask(valid, t_t[0].shape[-2:])
+    loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, valid_8)
+
+    # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
+    unlabeled = args.lambda_st * loss_st + args.lambda_ss * loss_ss
+    loss = loss_sup1 + loss_sup2 + run.ramp(step) * unlabeled
+    confident = masked_mean(torch.stack(keep_t).float().mean(0), valid_8, valid_8)
+    terms = {"loss": loss, "L_sup1": loss_sup1, "L_sup2": loss_sup2}
+    return terms | {"L_st": loss_st, "L_ss": loss_ss, "confident": confident}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -210,9 +275,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- setup, data
     run = common.Run(args)
-    device, classes = run.device, len(run.split.classes)
+    classes = len(run.split.classes)
 
-    # ---- networks, optimizer: one seed, drawn on for both students, so their heads differ
+    # ---- networks, optimizer: one seed is drawn on for both students, so their heads differ
     students = []
     for _ in range(2):
         net = build_network(args.backbone, classes, args.output_stride, args.decoder)
@@ -220,21 +285,15 @@ def main(argv: list[str] | None = None) -> None:
         students.append(run.place(net))
     teachers = [copy.deepcopy(net).requires_grad_(False) for net in students]
     width = students[0].classifier.in_channels
-    stats = nn.ModuleList(ClassStatistics(classes, width) for _ in range(4)).to(device)
-    stats_s, stats_t = stats[:2], stats[2:]
+    stats = nn.ModuleList(ClassStatistics(classes, width) for _ in range(4)).to(run.device)
     model = run.distribute(students[0] if args.labeled_only else Students(*students))
-    optimizer = run.optimizer(
-        [
-            {"params": [p for s in students for p in s.backbone.parameters()], "lr": args.lr},
-            {
-                "params": [p for s in students for p in s.head_parameters()],
-                "lr": args.lr * args.head_lr_mult,
-            },
-        ]
-    )
-    nets = dict(
-        zip(("student1", "student2", "teacher1", "teacher2"), (*students, *teachers), strict=True)
-    )
+    backbones = [p for net in students for p in net.backbone.parameters()]
+    heads = [p for net in students for p in net.head_parameters()]
+    head = {"params": heads, "lr": args.lr * args.head_lr_mult}
+    optimizer = run.optimizer([{"params": backbones, "lr": args.lr}, head])
+    nets = {"student1": students[0]}
+    if not args.labeled_only:
+        nets |= {"student2": students[1], "teacher1": teachers[0], "teacher2": teachers[1]}
 
     # ---- resume
     start = run.resume(**nets, stats=stats, optimizer=optimizer)
@@ -242,89 +301,12 @@ def main(argv: list[str] | None = None) -> None:
     # ---- train
     for step, batch in enumerate(run.batches(start), start):
         run.set_lr(optimizer, step)
-        x, y = data.normalize(batch["x"]), batch["y"]
-
         if args.labeled_only:
-            with run.autocast():
-                z = model(x)
-            loss = common.supervised_loss(z, y, args.sup_loss)
-            terms = {"loss": loss}
+            terms = run.supervised(model, batch)
         else:
-            t, n_x = step + 1, len(x)
-            strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2  # lambda(t)
-            u = data.normalize(batch["u"])
-            u1 = data.normalize(
-                data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0]
-            )
-            boxes = [
-                mix_boxes(args.crop_size, data.rng(args.seed, "mkd", step, p))
-                for p in run.positions
-            ]
-            m = mix_mask(run.put(torch.tensor(boxes)), args.crop_size)
-
-            with torch.no_grad():
-                # Teachers (train mode) see x and u; logits and features are mixed like the image.
-                z_t, f_t = [], []
-                for teacher, student in zip(teachers, students, strict=True):
-                    update_teacher(teacher, student, t, args.ema)
-                    with run.autocast():
-                        z, f, _ = teacher.parts(torch.cat([x, u]))
-                    z_t.append(torch.cat([z[:n_x], mix(z[n_x:], m)]).float())
-                    f_t.append(torch.cat([f[:n_x], mix(f[n_x:], m)]))
-
-            # Students see x and u_mix = M * u1 + (1 - M) * u1[pi]
-            with run.autocast():
-                (z_s1, f_s1, _), (z_s2, f_s2, _) = model(torch.cat([x, mix(u1, m)]))
-            z_s, f_s = [z_s1.float(), z_s2.float()], [f_s1, f_s2]
-
-            # L_sup,i = CE(S_i(x), y) at full resolution
-            loss_sup1, loss_sup2 = (
-                common.supervised_loss(upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss)
-                for z in z_s
-            )
-
-            # z~ of each network: labelled pixels have class y, others its un-augmented argmax
-            size = z_s1.shape[-2:]
-            valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], m)]) | args.keep_padding
-            valid_4 = common.resize_mask(valid, size)
-            y_4 = F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long()
-
-            z_aug_s, z_aug_t = z_s, z_t
-            known = (y_4, valid_4, strength)
-            if args.fa != "none":
-                networks = zip(z_s, f_s, students, stats_s, strict=True)
-                z_aug_s = [augment_network(*network, *known) for network in networks]
-            if args.fa == "all":
-                networks = zip(z_t, f_t, teachers, stats_t, strict=True)
-                z_aug_t = [augment_network(*network, *known) for network in networks]
-
-            # L_st, L_ss at half of the stride-4 resolution, over labelled and unlabelled pixels
-            z_aug_s, z_aug_t, z_t = (
-                [F.avg_pool2d(z, 2) for z in zs] for zs in (z_aug_s, z_aug_t, z_t)
-            )
-            t_t = [z.argmax(1) for z in z_aug_t]
-            keep_t = [z.softmax(1).amax(1) >= args.threshold for z in z_t]
-            valid_8 = common.resize_mask(valid, t_t[0].shape[-2:])
-            loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, valid_8)
-
-            # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
-            loss_unlabeled = args.lambda_st * loss_st + args.lambda_ss * loss_ss
-            loss = loss_sup1 + loss_sup2 + run.ramp(step) * loss_unlabeled
-            terms = {
-                "loss": loss,
-                "L_sup1": loss_sup1,
-                "L_sup2": loss_sup2,
-                "L_st": loss_st,
-                "L_ss": loss_ss,
-            }
-            terms["confident"] = masked_mean(torch.stack(keep_t).float().mean(0), valid_8, valid_8)
-
-        optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss).backward()
-        run.scaler.step(optimizer)
-        run.scaler.update()
-
-        run.step_done(step, {"student1": students[0]} if args.labeled_only else nets, terms)
+            terms = mkd_step(args, run, students, teachers, stats, model, batch, step)
+        run.update(terms["loss"], optimizer)
+        run.step_done(step, nets, terms)
 
     # ---- teardown
     run.finish()

@@ -120,7 +120,65 @@ class Pair(nn.Module):
         return out
 
 
-# --------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------- training
+
+
+def segkc_step(
+    args: argparse.Namespace,
+    run: common.Run,
+    nets: dict[str, nn.Module],
+    model: nn.Module,
+    batch: dict,
+    step: int,
+) -> dict[str, Tensor]:
+    """The losses of a step, "loss" the total. `model` is the Pair, in DDP if there are ranks."""
+    x, y, u = data.normalize(batch["x"]), batch["y"], data.normalize(batch["u"])
+    n_x = len(x)
+    u1 = data.normalize(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
+    box = data.rect_mask(batch["box"][0], *u.shape[-2:])
+
+    with torch.no_grad():
+        # Weak views (step 1), in eval mode (reading); y_hat and c are cut like u_mix (step 2).
+        y_hat, c = {}, {}
+        for name, net in nets.items():
+            net.eval()
+            with run.autocast():
+                z = net(u)
+            net.train()
+            c[name], y_hat[name] = (cutmix(t, box) for t in z.softmax(1).max(1))
+        u_mix, valid_u = cutmix(u1, box), cutmix(batch["u_valid"], box)
+        valid = torch.cat([batch["x_valid"], valid_u])
+
+    # Forward with gradient on cat(x, u_mix) (step 3)
+    with run.autocast():
+        (z_s, f_s, g_s), (z_j, f_j, g_j) = model(torch.cat([x, u_mix]))
+    z_s_x, z_s_u, z_j_x, z_j_u = z_s[:n_x], z_s[n_x:], z_j[:n_x], z_j[n_x:]
+
+    # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
+    loss_sup = 0.5 * sum(common.supervised_loss(z, y, args.sup_loss) for z in (z_s_x, z_j_x))
+
+    # L_cps = 1/2 [M(CE(z_S(u_mix), y_hat_J), c_J >= tau) + M(CE(z_J(u_mix), y_hat_S), c_S >= tau)]
+    cps_s = cps_loss(z_s_u, y_hat["junior"], c["junior"], valid_u, args.threshold)
+    cps_j = cps_loss(z_j_u, y_hat["senior"], c["senior"], valid_u, args.threshold)
+    loss_cps = 0.5 * (cps_s + cps_j)
+
+    # L_j2s = d(g_S(f_S), sg f_J); L_s2j = d(g_J(f_J), sg f_S) (step 6)
+    loss_j2s, loss_s2j = consultation(g_s, f_j, valid), consultation(g_j, f_s, valid)
+    j2s, s2j = args.consult in ("both", "j2s"), args.consult in ("both", "s2j")
+
+    # L_kd = KL(sg p_S || p_J) on u_mix (step 7)
+    loss_kd = distillation(z_s_u, z_j_u, valid_u, args.temperature)
+
+    # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd (step 8)
+    feat = args.lambda_feat * (j2s * loss_j2s + s2j * loss_s2j) / 2
+    unlabeled = args.lambda_cps * loss_cps + feat + args.lambda_kd * loss_kd
+    loss = loss_sup + run.ramp(step) * unlabeled
+    terms = {"loss": loss, "L_sup": loss_sup, "L_cps": loss_cps, "L_j2s": loss_j2s}
+    terms |= {"L_s2j": loss_s2j, "L_kd": loss_kd}
+    for name in nets:
+        keep = (c[name] >= args.threshold) & valid_u
+        terms[f"confident_{name}"] = masked_mean(torch.ones_like(c[name]), keep, valid_u)
+    return terms
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -131,29 +189,27 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- setup, data
     run = common.Run(args)
-    classes = len(run.split.classes)
 
-    # ---- networks, optimizer
-    nets = {}
+    # ---- networks, optimizer: the junior first, so that its weights are those of other scripts
+    nets, senior_weights = {}, args.senior_weights or args.weights
     for name, backbone, weights in (
         ("junior", args.backbone, args.weights),
-        ("senior", args.senior, args.senior_weights or args.weights),
+        ("senior", args.senior, senior_weights),
     ):
-        net = build_network(backbone, classes, args.output_stride, args.decoder)
-        run.say(f"{name}: {load_weights(net, backbone, weights)}")
+        net = build_network(backbone, len(run.split.classes), args.output_stride, args.decoder)
+        size = sum(p.numel() for p in net.parameters()) / 1e6
+        run.say(f"{name}, {size:.2f} M parameters: {load_weights(net, backbone, weights)}")
         nets[name] = run.place(net)
-    junior, senior = nets.values()
+    junior, senior = nets["junior"], nets["senior"]
     pair = Pair(senior, junior).to(run.device, memory_format=torch.channels_last)
     model = run.distribute(junior if args.labeled_only else pair)
-    head_lr = args.lr * args.head_lr_mult
-    projections = [*pair.project_s.parameters(), *pair.project_j.parameters()]
+    heads = [*senior.head_parameters(), *junior.head_parameters()]
+    heads += [*pair.project_s.parameters(), *pair.project_j.parameters()]
     optimizer = run.optimizer(
         [
             {"params": senior.backbone.parameters(), "lr": args.lr},
-            {"params": senior.head_parameters(), "lr": head_lr},
             {"params": junior.backbone.parameters(), "lr": args.lr},
-            {"params": junior.head_parameters(), "lr": head_lr},
-            {"params": projections, "lr": head_lr},
+            {"params": heads, "lr": args.lr * args.head_lr_mult},
         ]
     )
 
@@ -163,80 +219,11 @@ def main(argv: list[str] | None = None) -> None:
     # ---- train
     for step, batch in enumerate(run.batches(start), start):
         run.set_lr(optimizer, step)
-        x, y = data.normalize(batch["x"]), batch["y"]
-
         if args.labeled_only:
-            with run.autocast():
-                z = model(x)
-            loss = common.supervised_loss(z, y, args.sup_loss)
-            terms = {"loss": loss}
+            terms = run.supervised(model, batch)
         else:
-            u, n_x = data.normalize(batch["u"]), len(x)
-            u1 = data.normalize(
-                data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0]
-            )
-            box = data.rect_mask(batch["box"][0], *u.shape[-2:])
-
-            with torch.no_grad():
-                # Weak views (step 1), in eval mode (reading). Cut like u_mix (step 2).
-                pseudo_label, confidence = {}, {}
-                for name, net in nets.items():
-                    net.eval()
-                    with run.autocast():
-                        z = net(u)
-                    net.train()
-                    c, y_hat = z.softmax(1).max(1)
-                    confidence[name], pseudo_label[name] = cutmix(c, box), cutmix(y_hat, box)
-                u_mix, valid_u = cutmix(u1, box), cutmix(batch["u_valid"], box)
-                valid = torch.cat([batch["x_valid"], valid_u])
-
-            # Forward with gradient on cat(x, u_mix) (step 3)
-            with run.autocast():
-                (z_s, f_s, g_s), (z_j, f_j, g_j) = model(torch.cat([x, u_mix]))
-
-            # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
-            loss_sup_s, loss_sup_j = (
-                common.supervised_loss(z[:n_x], y, args.sup_loss) for z in (z_s, z_j)
-            )
-            loss_sup = 0.5 * (loss_sup_s + loss_sup_j)
-            # L_cps = 1/2 [M(CE(z_S(u_mix), y_hat_J), c_J >= tau)
-            #            + M(CE(z_J(u_mix), y_hat_S), c_S >= tau)] (step 5)
-            of_j, of_s = (
-                (pseudo_label[k], confidence[k], valid_u, args.threshold)
-                for k in ("junior", "senior")
-            )
-            loss_cps = 0.5 * (cps_loss(z_s[n_x:], *of_j) + cps_loss(z_j[n_x:], *of_s))
-            # L_j2s = d(g_S(f_S), sg f_J); L_s2j = d(g_J(f_J), sg f_S) (step 6)
-            loss_j2s, loss_s2j = consultation(g_s, f_j, valid), consultation(g_j, f_s, valid)
-            loss_feat = (args.consult in ("both", "j2s")) * loss_j2s + (
-                args.consult in ("both", "s2j")
-            ) * loss_s2j
-            # L_kd = KL(sg p_S || p_J) on u_mix (step 7)
-            loss_kd = distillation(z_s[n_x:], z_j[n_x:], valid_u, args.temperature)
-
-            # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd
-            loss_unlabeled = args.lambda_cps * loss_cps + args.lambda_feat * loss_feat / 2
-            loss_unlabeled = loss_unlabeled + args.lambda_kd * loss_kd
-            loss = loss_sup + run.ramp(step) * loss_unlabeled
-            terms = {
-                "loss": loss,
-                "L_sup": loss_sup,
-                "L_cps": loss_cps,
-                "L_j2s": loss_j2s,
-                "L_s2j": loss_s2j,
-            }
-            terms["L_kd"] = loss_kd
-            for name in ("senior", "junior"):
-                keep = (confidence[name] >= args.threshold) & valid_u
-                terms[f"confident_{name}"] = masked_mean(
-                    torch.ones_like(confidence[name]), keep, valid_u
-                )
-
-        optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss).backward()
-        run.scaler.step(optimizer)
-        run.scaler.update()
-
+            terms = segkc_step(args, run, nets, model, batch, step)
+        run.update(terms["loss"], optimizer)
         run.step_done(step, {"junior": junior} if args.labeled_only else nets, terms)
 
     # ---- teardown

@@ -22,7 +22,7 @@ import itertools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import common
 import data
@@ -99,6 +99,13 @@ def pick_view(h1: Tensor, h2: Tensor, pick: str) -> Tensor:
     return torch.where(empty | (pick != "min"), h2 > h1, h2 < h1)
 
 
+def coins(args: argparse.Namespace, run: common.Run, step: int) -> Tensor:
+    """For --pick random: a number in [0, 1) for each cell [B, n, n] of this rank's samples."""
+    size = (args.grid, args.grid)
+    drawn = [data.rng(args.seed, "coin", step, p).random(size) for p in run.positions]
+    return run.put(torch.tensor(np.stack(drawn), dtype=torch.float32))
+
+
 def cells_to(second: Tensor, size: torch.Size) -> Tensor:
     """Spreads cells [B, n, n] over a map of `size` = (H, W), with the same edges as `cell_sum`."""
     n = second.shape[-1]
@@ -148,7 +155,69 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor) -> Tensor:
     return masked_mean(kl, cells, cells)
 
 
-# --------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------- training
+
+
+def speed_step(
+    args: argparse.Namespace,
+    run: common.Run,
+    net: nn.Module,
+    model: nn.Module,
+    batch: dict,
+    step: int,
+) -> dict[str, Tensor]:
+    """The losses of a step, "loss" the total. `model` is `net`, in DDP if there are ranks."""
+    # Views (step 1): x labelled; u, u1, u2 of one unlabelled crop; u1 and u2 CutMixed, own boxes.
+    x, y, valid = data.normalize(batch["x"]), batch["y"], batch["u_valid"]
+    strong = data.strong_views(batch["u"], batch["strong"], batch["order"])
+    u, u1, u2 = (data.normalize(v) for v in (batch["u"], *strong))
+    box1, box2 = (data.rect_mask(b, *u.shape[-2:]) & args.host_cutmix for b in batch["box"])
+
+    with torch.no_grad():
+        # Step 2, in eval mode: z_u, f_u = net(u); z_1 = net(u1); z_2 = net(u2)
+        net.eval()
+        views = [u, cutmix(u1, box1), cutmix(u2, box2)] if args.entropy_mix else [u]
+        with run.autocast():
+            z, f, _ = net(torch.cat(views), features=True)
+        net.train()
+        z_u, f_u, z_12 = z[: len(u)], f[: len(u)], z[len(u) :].chunk(2)
+
+        # EntropyMix (steps 4, 5): a cell of m is of the view with the higher entropy H_v
+        second = torch.zeros_like(box1)
+        if args.entropy_mix:
+            valid_12 = cutmix(valid, box1), cutmix(valid, box2)
+            h1, h2 = (cell_entropy(*v, args.grid) for v in zip(z_12, valid_12, strict=True))
+            if args.pick == "random":
+                h1, h2 = coins(args, run, step), torch.full_like(h1, 0.5)
+            second = cells_to(pick_view(h1, h2, args.pick), u.shape[-2:])
+        m, box_m = mixed_image(u1, u2, box1, box2, second)
+
+        # Targets (steps 3, 5), cut like m: c = max_k p_k, y_hat = argmax_k p_k, z_T, f_T
+        z_t, valid_m = cutmix(z_u, box_m), cutmix(valid, box_m)
+        f_t = cutmix(f_u, common.resize_mask(box_m, f_u.shape[-2:]))
+        confidence, pseudo_label = z_t.softmax(1).max(1)
+        keep = (confidence >= args.threshold) & valid_m
+
+    # One forward with gradient (step 6): z_x, z_m, f_m
+    with run.autocast():
+        z, f, _ = model(torch.cat([x, m]), features=True)
+    z_x, z_m, f_m = z[: len(x)], z[len(x) :], f[len(x) :]
+
+    # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)
+    loss_x = common.supervised_loss(z_x, y, args.sup_loss)
+    ce = F.cross_entropy(z_m, pseudo_label, reduction="none")
+    loss_u = masked_mean(ce, keep, valid_m)
+
+    # L_logit and L_feat: distillation from z_T and f_T (steps 8, 9)
+    loss_logit = logit_loss(z_t, z_m, valid_m, args.temperature)
+    loss_feat = relation_loss(f_t, f_m, valid_m)
+
+    # L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit) (step 10)
+    unlabeled = args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
+    loss = 0.5 * (loss_x + run.ramp(step) * unlabeled)
+    confident = masked_mean(torch.ones_like(ce), keep, valid_m)
+    terms = {"loss": loss, "L_x": loss_x, "L_u": loss_u, "L_feat": loss_feat}
+    return terms | {"L_logit": loss_logit, "confident": confident}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -159,20 +228,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- setup, data
     run = common.Run(args)
-    classes = len(run.split.classes)
 
-    # ---- networks, optimizer
-    net = build_network(args.backbone, classes, args.output_stride, args.decoder)
+    # ---- network, optimizer
+    net = build_network(args.backbone, len(run.split.classes), args.output_stride, args.decoder)
     run.say(load_weights(net, args.backbone, args.weights))
     net = run.place(net)
     model = run.distribute(net)
-    head_lr = args.lr * args.head_lr_mult
-    optimizer = run.optimizer(
-        [
-            {"params": net.backbone.parameters(), "lr": args.lr},
-            {"params": net.head_parameters(), "lr": head_lr},
-        ]
-    )
+    head = {"params": net.head_parameters(), "lr": args.lr * args.head_lr_mult}
+    optimizer = run.optimizer([{"params": net.backbone.parameters(), "lr": args.lr}, head])
 
     # ---- resume
     start = run.resume(net=net, optimizer=optimizer)
@@ -180,92 +243,11 @@ def main(argv: list[str] | None = None) -> None:
     # ---- train
     for step, batch in enumerate(run.batches(start), start):
         run.set_lr(optimizer, step)
-        x, y = data.normalize(batch["x"]), batch["y"]
-
         if args.labeled_only:
-            with run.autocast():
-                z_x = model(x)
-            loss = common.supervised_loss(z_x, y, args.sup_loss)
-            terms = {"loss": loss}
+            terms = run.supervised(model, batch)
         else:
-            # Views (step 1): u, u1, u2 of one crop; u1 and u2 are CutMixed, each with its box.
-            valid, u = batch["u_valid"], data.normalize(batch["u"])
-            u1, u2 = (
-                data.normalize(v)
-                for v in data.strong_views(batch["u"], batch["strong"], batch["order"])
-            )
-            box1, box2 = (data.rect_mask(b, *u.shape[-2:]) & args.host_cutmix for b in batch["box"])
-
-            with torch.no_grad():
-                # Step 2, in eval mode: z_u, f_u = net(u); z_1 = net(u1); z_2 = net(u2)
-                net.eval()
-                views = [u, cutmix(u1, box1), cutmix(u2, box2)] if args.entropy_mix else [u]
-                with run.autocast():
-                    z, f, _ = net(torch.cat(views), features=True)
-                net.train()
-                z_u, f_u = z[: len(u)], f[: len(u)]
-
-                # EntropyMix (steps 4, 5): a cell of m is the view's with the higher entropy H_v.
-                n = args.grid
-                second = torch.zeros_like(box1)
-                if args.entropy_mix:
-                    h1, h2 = (
-                        cell_entropy(z_v, cutmix(valid, b), n)
-                        for z_v, b in zip(z[len(u) :].chunk(2), (box1, box2), strict=True)
-                    )
-                    if args.pick == "random":  # a coin of each sample, in place of its entropies
-                        coins = [
-                            data.rng(args.seed, "coin", step, p).random((n, n))
-                            for p in run.positions
-                        ]
-                        h2 = run.put(torch.tensor(np.stack(coins), dtype=h1.dtype))
-                        h1 = torch.full_like(h2, 0.5)
-                    second = cells_to(pick_view(h1, h2, args.pick), u.shape[-2:])
-                m, box_m = mixed_image(u1, u2, box1, box2, second)
-
-                # Targets (steps 3, 5): cut like m. c = max_k p_k, y_hat = argmax_k p_k
-                z_t, f_t = (
-                    cutmix(z_u, box_m),
-                    cutmix(f_u, common.resize_mask(box_m, f_u.shape[-2:])),
-                )
-                valid_m = cutmix(valid, box_m)
-                confidence, pseudo_label = z_t.softmax(1).max(1)
-                keep = (confidence >= args.threshold) & valid_m
-
-            # One forward with gradient (step 6): z_x, z_m, f_m
-            with run.autocast():
-                z, f, _ = model(torch.cat([x, m]), features=True)
-            z_x, z_m, f_m = z[: len(x)], z[len(x) :], f[len(x) :]
-
-            # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)
-            loss_x = common.supervised_loss(z_x, y, args.sup_loss)
-            loss_u = masked_mean(
-                F.cross_entropy(z_m, pseudo_label, reduction="none"), keep, valid_m
-            )
-            # L_logit, L_feat (steps 8, 9)
-            loss_logit = logit_loss(z_t, z_m, valid_m, args.temperature)
-            loss_feat = relation_loss(f_t, f_m, valid_m)
-
-            # L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit) (step 10)
-            loss_unlabeled = (
-                args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
-            )
-            loss = 0.5 * (loss_x + run.ramp(step) * loss_unlabeled)
-            confident = masked_mean(torch.ones_like(confidence), keep, valid_m)
-            terms = {
-                "loss": loss,
-                "L_x": loss_x,
-                "L_u": loss_u,
-                "L_feat": loss_feat,
-                "L_logit": loss_logit,
-            }
-            terms["confident"] = confident
-
-        optimizer.zero_grad(set_to_none=True)
-        run.scaler.scale(loss).backward()
-        run.scaler.step(optimizer)
-        run.scaler.update()
-
+            terms = speed_step(args, run, net, model, batch, step)
+        run.update(terms["loss"], optimizer)
         run.step_done(step, {"net": net}, terms)
 
     # ---- teardown
