@@ -35,32 +35,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and MKD's own; --threshold is off (0), as in the released config."""
     p = common.make_parser("mkd", __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
-    g = p.add_argument_group("MKD")
-    g.add_argument(
-        "--ema", type=common.WEIGHT, default=0.6, help="most that m, a teacher's memory, gets to"
-    )
-    g.add_argument(
-        "--lambda-st", type=common.WEIGHT, default=1.5, help="weight of L_st, from the teachers"
-    )
-    g.add_argument(
-        "--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students"
-    )
-    g.add_argument(
-        "--fa",
-        choices=("all", "students", "none"),
-        default="all",
-        help="whose logits are augmented",
-    )
-    g.add_argument(
-        "--lambda0", type=common.WEIGHT, default=1.5, help="strength of the augmentation at the end"
-    )
-    g.add_argument(
-        "--keep-padding",
-        action=flag,
-        default=False,
-        help="padding takes part, as in the released code",
-    )
-    return common.parse(p, argv, all=dict(threshold=0.0))
+    a = p.add_argument_group("MKD").add_argument
+    a("--ema", type=common.WEIGHT, default=0.6, help="the most that m, a teacher's memory, becomes")
+    a("--lambda-st", type=common.WEIGHT, default=1.5, help="weight of L_st, from the teachers")
+    a("--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students")
+    a("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
+    a("--lambda0", type=common.WEIGHT, default=1.5, help="strength of the augmentation at the end")
+    a("--keep-padding", action=flag, default=False, help="padding takes part, as in released code")
+    return common.parse(p, argv, all=dict(threshold=0.0), shapes=dict(epochs=8))
 
 
 # --------------------------------------------------------------------------- the paper's pieces
@@ -154,8 +136,8 @@ def augment_network(
 ) -> Tensor:
     """z~ of a network: updates its statistics with f [B, A, h, w], then augments z [B, C, h, w].
 
-    `known` = (y, valid, strength). The first images are labelled, y [B_x, h, w]; pixels of the others
-    have the class that z itself says; what is not valid [B, h, w] takes no part.
+    `known` = (y, valid, strength). The first images are labelled, y [B_x, h, w]; pixels of the
+    others have the class that z itself says; what is not valid [B, h, w] takes no part.
     """
     y, valid, strength = known
     label = torch.cat([y, z[len(y) :].detach().argmax(1)]).where(valid, data.IGNORE)

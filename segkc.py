@@ -30,36 +30,17 @@ from networks import BACKBONES, build_network, load_weights, upsample
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and SegKC's own; --backbone is the junior's, the one of inference."""
     p = common.make_parser("segkc", __doc__.splitlines()[0])
-    g = p.add_argument_group("SegKC")
-    g.add_argument(
-        "--junior",
-        dest="backbone",
-        choices=BACKBONES,
-        default=argparse.SUPPRESS,
-        help="another name of --backbone",
-    )
-    g.add_argument("--senior", choices=BACKBONES, help="encoder of the senior")
-    g.add_argument("--senior-weights", help="like --weights, of the senior; unset: --weights")
-    g.add_argument(
-        "--lambda-cps", type=common.WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels"
-    )
-    g.add_argument(
-        "--lambda-feat", type=common.WEIGHT, default=0.5, help="weight of the feature terms"
-    )
-    g.add_argument(
-        "--lambda-kd", type=common.WEIGHT, default=0.5, help="weight of L_kd, senior to junior"
-    )
-    g.add_argument(
-        "--consult",
-        choices=("both", "j2s", "s2j", "none"),
-        default="both",
-        help="feature terms in use",
-    )
-    g.add_argument("--temperature", type=common.POSITIVE, default=1.0, help="t of L_kd")
-    pair, small = (
-        dict(senior="resnet101", backbone="resnet50"),
-        dict(senior="resnet34", backbone="resnet18"),
-    )
+    a = p.add_argument_group("SegKC").add_argument
+    a("--junior", dest="backbone", choices=BACKBONES, default=argparse.SUPPRESS, help="--backbone")
+    a("--senior", choices=BACKBONES, help="encoder of the senior")
+    a("--senior-weights", help="like --weights, of the senior; unset: --weights")
+    a("--lambda-cps", type=common.WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels")
+    a("--lambda-feat", type=common.WEIGHT, default=0.5, help="weight of the feature terms")
+    a("--lambda-kd", type=common.WEIGHT, default=0.5, help="weight of L_kd, senior to junior")
+    a("--consult", choices=("both", "j2s", "s2j", "none"), default="both", help="feature terms")
+    a("--temperature", type=common.POSITIVE, default=1.0, help="t of L_kd")
+    pair = dict(senior="resnet101", backbone="resnet50")
+    small = dict(senior="resnet34", backbone="resnet18", epochs=8)
     return common.parse(p, argv, all=pair, shapes=small)
 
 

@@ -36,28 +36,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and SPEED's own."""
     p = common.make_parser("speed", __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
-    g = p.add_argument_group("SPEED")
-    g.add_argument("--grid", type=common.STEPS, default=4, help="n: EntropyMix cells a side")
-    g.add_argument(
-        "--pick",
-        choices=("max", "min", "random"),
-        default="max",
-        help="the view a cell is taken from",
-    )
-    g.add_argument("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
-    g.add_argument(
-        "--host-cutmix", action=flag, default=True, help="CutMix u1 and u2 before EntropyMix"
-    )
-    g.add_argument(
-        "--lambda-u", type=common.WEIGHT, default=1.0, help="weight of L_u, pseudo-labels"
-    )
-    g.add_argument(
-        "--alpha", type=common.WEIGHT, default=1.0, help="weight of L_feat, pixel relations"
-    )
-    g.add_argument(
-        "--beta", type=common.WEIGHT, default=1.0, help="weight of L_logit, distilled logits"
-    )
-    g.add_argument("--temperature", type=common.POSITIVE, default=1.0, help="t of L_logit")
+    a = p.add_argument_group("SPEED").add_argument
+    a("--grid", type=common.STEPS, default=4, help="n: EntropyMix cells a side")
+    a("--pick", choices=("max", "min", "random"), default="max", help="entropy of the view taken")
+    a("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
+    a("--host-cutmix", action=flag, default=True, help="CutMix u1 and u2 before EntropyMix")
+    a("--lambda-u", type=common.WEIGHT, default=1.0, help="weight of L_u, pseudo-labels")
+    a("--alpha", type=common.WEIGHT, default=1.0, help="weight of L_feat, pixel relations")
+    a("--beta", type=common.WEIGHT, default=1.0, help="weight of L_logit, distilled logits")
+    a("--temperature", type=common.POSITIVE, default=1.0, help="t of L_logit")
     return common.parse(p, argv)
 
 
