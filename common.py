@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -190,6 +190,17 @@ def rank_mean(t: Tensor) -> Tensor:
     averages the ranks' gradients to that of the global mean, also where the counts differ.
     """
     return rank_sum(t) / rank_world()[1]
+
+
+def average_buffers(nets: Iterable[nn.Module]) -> None:
+    """Batch norm statistics become their mean over ranks, for CPU, which has no SyncBN.
+
+    Without it ranks would evaluate, and predict pseudo-labels, with different networks.
+    """
+    buffers = [b for net in nets for b in net.buffers() if b.is_floating_point()]
+    flat = rank_mean(torch.cat([b.flatten() for b in buffers]))
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -567,6 +578,8 @@ class Run:
         """
         self.names = list(terms)
         self.rows.append(torch.stack([t.detach().float() for t in terms.values()]))
+        if self.world > 1 and self.device.type == "cpu":
+            average_buffers(nets.values())
         done, args = step + 1, self.args
         last, stop = done == args.iters, self._stop()
         if self.bar is not None:
@@ -735,7 +748,8 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except (InputError, RunError) as e:
         rank, world = rank_world()
-        print(f"[rank {rank}] " * (world > 1) + f"error: {e}", file=sys.stderr, flush=True)
+        if rank == 0 or dist.is_initialized():  # before that, all ranks see the same input
+            print(f"[rank {rank}] " * (world > 1) + f"error: {e}", file=sys.stderr, flush=True)
         status = 2 if isinstance(e, InputError) else 1
         if dist.is_initialized():
             os._exit(status)  # at once: the other ranks may wait in a collective for this one
