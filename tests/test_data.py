@@ -218,7 +218,7 @@ def test_weak_view_is_a_crop_of_the_scaled_image(size, crop, scale):
         inside = u[top:bottom, left:right]
         error = abs(inside.astype(int) - part)
         assert error.max() <= 2  # grey levels: Pillow rounds after each of two passes
-        assert error.mean() < 0.1
+        assert error.mean() < 0.25
         assert (tie | (y[top:bottom, left:right] == label)).all()
         outside = np.ones((crop, crop), bool)
         outside[top:bottom, left:right] = False
