@@ -44,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--lambda-u", type=common.WEIGHT, default=1.0, help="weight of L_u, pseudo-labels")
     a("--alpha", type=common.WEIGHT, default=1.0, help="weight of L_feat, pixel relations")
     a("--beta", type=common.WEIGHT, default=1.0, help="weight of L_logit, distilled logits")
+    a("--feature-temperature", type=common.POSITIVE, default=0.1, help="divides f f^T in L_feat")
     a("--temperature", type=common.POSITIVE, default=1.0, help="t of L_logit")
     return common.parse(p, argv)
 
@@ -119,8 +120,8 @@ def logit_loss(z_t: Tensor, z_m: Tensor, valid_m: Tensor, t: float) -> Tensor:
     return masked_mean(kl, valid_m, valid_m) * t**2
 
 
-def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor) -> Tensor:
-    """L_feat (step 9): KL(S_T || S_m), S = row-softmax(f f^T / 0.1), f unit at stride 16.
+def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, sharp: float = 0.1) -> Tensor:
+    """L_feat (step 9): KL(S_T || S_m), S = row-softmax(f f^T / sharp), f unit at stride 16.
 
     f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Mostly padded cells are no row and no column of S.
     """
@@ -134,7 +135,7 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor) -> Tensor:
 
     def log_s(f: Tensor) -> Tensor:
         f = F.normalize(f.flatten(2), dim=1)
-        s = f.transpose(1, 2) @ f / 0.1
+        s = f.transpose(1, 2) @ f / sharp
         return s.masked_fill(~cells[:, None], -1e4).log_softmax(2)  # [B, N, N]
 
     log_s_t, log_s_m = log_s(f_t), log_s(f_m)
@@ -197,7 +198,7 @@ def speed_step(
 
     # L_logit and L_feat: distillation from z_T and f_T (steps 8, 9)
     loss_logit = logit_loss(z_t, z_m, valid_m, args.temperature)
-    loss_feat = relation_loss(f_t, f_m, valid_m)
+    loss_feat = relation_loss(f_t, f_m, valid_m, args.feature_temperature)
 
     # L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit) (step 10)
     unlabeled = args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
