@@ -127,9 +127,9 @@ def parse(
         known.dataset = load_checkpoint(known.test_only).get("dataset")
     dataset = data.find_dataset(known.dataset, known.root)
     if dataset in data.PRESETS:  # else the second go says so
-        preset = data.PRESETS[dataset] | method.get("all", {}) | method.get(dataset, {})
-        if any(b.startswith("dinov2") for b in (known.backbone, known.senior, known.junior)):
-            preset |= data.DINOV2_PRESETS[dataset]
+        vit = any(b.startswith("dinov2") for b in (known.backbone, known.senior, known.junior))
+        preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
+        preset |= method.get("all", {}) | method.get(dataset, {})
         p.set_defaults(dataset=dataset, **preset)
     return p.parse_args(argv)
 

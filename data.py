@@ -829,29 +829,28 @@ def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, pa
     Image.fromarray(rows.numpy()).save(path)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of `python data.py`."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(
-        description="Checks a data set: opens every file and lists all faults.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Checks a data set: opens every file, lists all faults.",
+        formatter_class=formatter,
     )
-    p.add_argument(
-        "--dataset", choices=tuple(PRESETS), help="unset: pascal if under --root, else shapes"
-    )
-    p.add_argument("--root", type=Path, default=Path("data"), help="folder of the data set")
-    p.add_argument(
-        "--download", action="store_true", help="fetch VOC 2012 and SBD first (needs scipy)"
-    )
-    p.add_argument(
-        "--preview", type=Path, metavar="FILE.png", help="write a picture of the views, and stop"
-    )
-    p.add_argument(
-        "--write-split", type=Path, metavar="DIR", help="write the lists of --split, and stop"
-    )
-    p.add_argument("--split", default="1/16", help="as in the method scripts")
-    p.add_argument("--split-seed", type=int, default=0, help="as in the method scripts")
-    p.add_argument("--protocol", choices=PROTOCOLS, default="classic", help="VOC's masks")
-    p.add_argument("--seed", type=int, default=0, help="of the preview")
-    args = p.parse_args()
+    a = p.add_argument
+    a("--dataset", choices=tuple(PRESETS), help="unset: pascal if under --root, else shapes")
+    a("--root", type=Path, default=Path("data"), help="folder of the data set")
+    a("--download", action="store_true", help="first fetch VOC 2012 and SBD (needs scipy)")
+    a("--preview", type=Path, metavar="FILE.png", help="write a picture of the views, and stop")
+    a("--write-split", type=Path, metavar="DIR", help="write the lists of --split, and stop")
+    a("--split", default="1/16", help="as in the method scripts")
+    a("--split-seed", type=int, default=0, help="as in the method scripts")
+    a("--protocol", choices=PROTOCOLS, default="classic", help="which VOC masks are labelled")
+    a("--seed", type=int, default=0, help="of the preview")
+    return p
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     name = find_dataset(args.dataset, args.root)
     if args.download:
         download(args.root)
