@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -592,7 +593,7 @@ class Run:
             self._save(done)
         if stop and not last:
             self.say(f"signal {stop}: saved step {done}; the same command goes on from there")
-            end_process()
+            self._close()
             raise SystemExit(128 + stop)
 
     def _check(self, done: int) -> None:
@@ -702,13 +703,17 @@ class Run:
         before[1].wait()
         return int(before[0])
 
+    def _close(self) -> None:
+        for part in (self.bar, self.board):
+            if part is not None:
+                part.close()
+        end_process()
+
     def finish(self) -> None:
         """The last line, and the end of the process group."""
-        if self.bar is not None:
-            self.bar.close()
         last, best = f"{self.last:.2f}", f"{self.best:.2f} at step {self.best_step}"
         self.say(f"mIoU last {last} · best {best} · {self.args.out}")
-        end_process()
+        self._close()
 
 
 # ----------------------------------------------------------------------------- files and exit
@@ -743,14 +748,22 @@ def save_file(state: dict, path: Path, keep: Path | None = None) -> None:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs a script. Bad input ends it with a line and status 2, a failed run with status 1."""
+    """Runs a script. Bad input ends it with a line and status 2, a failed run with status 1.
+
+    Exits at once: other ranks may wait in a collective for this one, workers for its data.
+    """
+    status, (rank, world) = 0, rank_world()
     try:
         main()
     except (InputError, RunError) as e:
-        rank, world = rank_world()
-        if rank == 0 or dist.is_initialized():  # before that, all ranks see the same input
-            print(f"[rank {rank}] " * (world > 1) + f"error: {e}", file=sys.stderr, flush=True)
         status = 2 if isinstance(e, InputError) else 1
-        if dist.is_initialized():
-            os._exit(status)  # at once: the other ranks may wait in a collective for this one
-        raise SystemExit(status) from None
+        if rank == 0 or dist.is_initialized():  # before that, all ranks see the same input
+            print(f"[rank {rank}] " * (world > 1) + f"error: {e}", file=sys.stderr)
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        status = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -18,6 +18,7 @@ import hashlib
 import math
 import re
 import shutil
+import signal
 import sys
 import zlib
 from collections.abc import Iterator
@@ -573,7 +574,16 @@ def _stack(arrays: tuple[np.ndarray, ...]) -> Tensor:
 def _loader(dataset: Dataset, steps: range, workers: int, device: torch.device) -> DataLoader:
     # batch_size=None: an item is a batch already
     pin = device.type == "cuda"
-    return DataLoader(dataset, None, sampler=steps, num_workers=workers, pin_memory=pin)
+    quiet = _ignore_signals if workers else None
+    return DataLoader(
+        dataset, None, sampler=steps, num_workers=workers, pin_memory=pin, worker_init_fn=quiet
+    )
+
+
+def _ignore_signals(_worker: int) -> None:
+    # Ctrl-C and a cluster's SIGTERM reach the workers too, but the step under way needs them
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def train_batches(
