@@ -33,23 +33,21 @@ from networks import BACKBONES, Segmenter, build_network, load_checkpoint, upsam
 # --------------------------------------------------------------------------- flags
 
 
-def number(kind: type, least: float = 0, least_is_fine: bool = True) -> Callable[[str], float]:
-    """An argparse type: a finite int or float from `least` on, or above it."""
+def number(kind: type, above: float = -1, least: float = 0, most: float = math.inf) -> Callable:
+    """An argparse type: a finite int or float with above < value, least <= value <= most."""
 
     def parse_number(text: str) -> float:
         value = kind(text)
-        if not (least < value < math.inf or (least_is_fine and value == least)):
-            raise argparse.ArgumentTypeError(
-                f"{text} is not {'at least' if least_is_fine else 'above'} {least}"
-            )
+        if not (above < value < math.inf and least <= value <= most):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; see --help")
         return value
 
-    parse_number.__name__ = kind.__name__  # argparse: "invalid float value"
+    parse_number.__name__ = kind.__name__  # argparse says "invalid float value"
     return parse_number
 
 
-COUNT, STEPS = number(int), number(int, 1)
-WEIGHT, POSITIVE = number(float), number(float, least_is_fine=False)
+COUNT, STEPS = number(int), number(int, least=1)
+WEIGHT, POSITIVE, SHARE = number(float), number(float, above=0), number(float, most=1)
 
 
 def make_parser(method: str, description: str) -> argparse.ArgumentParser:
@@ -86,8 +84,8 @@ def make_parser(method: str, description: str) -> argparse.ArgumentParser:
     a("--head-lr-mult", type=POSITIVE, help="all but the backbone learns this many times faster")
     a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
     a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
-    a("--threshold", type=WEIGHT, help="tau: confidence a pseudo-label needs, 0 to 1")
-    a("--ramp", type=WEIGHT, help="share of the run in which unlabelled terms grow from 0 to full")
+    a("--threshold", type=SHARE, help="tau: confidence a pseudo-label needs, 0 to 1")
+    a("--ramp", type=SHARE, help="share of the run in which unlabelled terms grow from 0 to full")
     a("--labeled-only", action=flag, default=False, help="the supervised baseline, same steps")
     a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
     a("--compile", action=flag, default=False, help="torch.compile the networks")
@@ -126,6 +124,8 @@ def parse(
     known = first.parse_known_args(argv)[0]
     if known.test_only and not known.dataset:
         known.dataset = load_checkpoint(known.test_only).get("dataset")
+        if known.dataset not in tuple(data.PRESETS):
+            raise InputError(f"{known.test_only}: names no data set of ours; give --dataset too")
     dataset = data.find_dataset(known.dataset, known.root)
     if dataset in data.PRESETS:  # else the second go says so
         vit = any(b.startswith("dinov2") for b in (known.backbone, known.senior, known.junior))
@@ -155,7 +155,7 @@ def start_process(args: argparse.Namespace) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     if args.workers is None:
-        args.workers = 0 if args.dataset == "shapes" else 4
+        args.workers = 0 if args.dataset == "shapes" else min(4, len(os.sched_getaffinity(0)))
     if args.amp is None:
         args.amp = "bf16" if cuda and torch.cuda.is_bf16_supported() else "off"
     torch.manual_seed(args.seed)
@@ -336,7 +336,10 @@ def picture(image: Tensor, *labels: Tensor) -> np.ndarray:
 
 def save_predictions(folder: Path) -> Callable[[dict, Tensor], None]:
     """A `write` for `evaluate`: <id>.png holds class ids, <id>_overlay.png image and colours."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be made ({e.strerror}); give another folder") from None
 
     def write(batch: dict, prediction: Tensor) -> None:
         fields = (batch[k] for k in ("image", "size", "id"))
@@ -397,6 +400,10 @@ class Run:
                 f"--batch-size {args.batch_size} on {self.world} ranks: each needs an even share, "
                 f"as CutMix pairs neighbours; give a multiple of {2 * self.world}"
             )
+        if args.scale[0] > args.scale[1]:
+            raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first")
+        if args.save_predictions:
+            raise InputError("--save-predictions: goes with --test-only CKPT")
         self.positions = range(self.rank * share, (self.rank + 1) * share)  # in the global batch
         source = data.load_source(args.dataset, args.root)
         self.split = data.make_split(source, args.split, args.split_seed, args.protocol)
@@ -408,7 +415,8 @@ class Run:
         epoch = max(1, len(self.split.unlabeled or self.split.labeled) // args.batch_size)
         args.iters = args.iters or args.epochs * epoch
         args.eval_every, args.save_every = args.eval_every or epoch, args.save_every or epoch
-        name = Path(args.split).name if Path(args.split).is_dir() else args.split.replace("/", "-")
+        folder = data.is_folder(Path(args.split))
+        name = Path(args.split).resolve().name if folder else args.split.replace("/", "-")
         method = args.method + "-labeled" * args.labeled_only
         args.out = args.out or Path(f"runs/{method}-{args.dataset}-{name}-s{args.seed}")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
@@ -509,18 +517,23 @@ class Run:
             if args.resume == "none":
                 raise InputError(f"{out}: holds a run; give another --out, or --overwrite")
             saved = self._load(found)
-            for name, value in self.state.items():
-                value.load_state_dict(saved[name])
-            self.names, self.rows = saved["names"], [r.to(self.device) for r in saved["rows"]]
-            self.best, self.best_step, self.last = saved["best"]
+            try:
+                for name, value in self.state.items():
+                    value.load_state_dict(saved[name])
+                self.names, self.rows = saved["names"], [r.to(self.device) for r in saved["rows"]]
+                self.best, self.best_step, self.last = saved["best"]
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+                reason = str(e).splitlines()[0][:120]
+                raise InputError(
+                    f"{out}: its checkpoint is not of this script ({reason}); give another --out"
+                ) from None
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 may now overwrite
         step = self.since = saved["step"] if saved else 0
         if self.rank == 0:
-            if not saved:
-                for path in (*found, out / "best.pt"):
-                    path.unlink(missing_ok=True)
             self._open_log(saved["log_bytes"] if saved else 0)
+            for path in () if saved else (*found, out / "best.pt"):
+                path.unlink(missing_ok=True)
             quiet = not sys.stderr.isatty()
             self.bar = tqdm(total=args.iters, initial=step, disable=quiet, unit="step")
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -542,7 +555,7 @@ class Run:
                 raise
             self.say(f"{e}; going back to {found[1]}")
             saved, path = load_checkpoint(found[1]), found[1]
-        was, now = saved["flags"], self._flags()
+        was, now = saved.get("flags", {}), self._flags()
         differ = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
         if differ:
             raise InputError(
@@ -603,8 +616,8 @@ class Run:
         rows = rank_mean(torch.stack(self.rows))
         self.rows = list(rows)
         bad = (~rows.isfinite()).nonzero().tolist()
-        if bad:
-            row, term = bad[0]
+        if bad:  # the first column is the total: name the term that spoils it, if there is one
+            row, term = next((b for b in bad if b[0] == bad[0][0] and b[1] > 0), bad[0])
             raise RunError(
                 f"step {done - len(rows) + row + 1}: {self.names[term]} is {rows[row, term]:.0f}; "
                 f"the last good checkpoint in {self.args.out} stays; try a lower --lr or --amp off"

@@ -15,6 +15,7 @@ Dimension key: B images, C classes, H and W pixels, V = 2 strong views, R = 4 ed
 import argparse
 import functools
 import hashlib
+import itertools
 import math
 import re
 import shutil
@@ -114,6 +115,21 @@ def _text(path: Path) -> str:
         raise InputError(f"{path}: not a readable text file ({e}); give a plain list") from None
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; False for what cannot be a path, like a name that is too long."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(path: Path | None) -> bool:
+    try:
+        return path is not None and path.is_file()
+    except OSError:
+        return False
+
+
 def _pascal_root(root: Path) -> Path | None:
     for place in (root / "VOCdevkit/VOC2012", root / "VOC2012", root):
         if (place / "JPEGImages").is_dir() and (place / "ImageSets/Segmentation/val.txt").is_file():
@@ -135,7 +151,8 @@ def _pascal(root: Path) -> Source:
         train = _list(lists / "trainaug.txt")
     else:  # without that list: every mask there is, VOC's val taken out
         train = [p.stem for p in (voc / "SegmentationClassAug").glob("*.png")]
-        train = sorted({*train, *fine} - set(val))
+        train = {*train, *fine} - set(val)
+    train = sorted(set(train))
 
     def item(id: str) -> Item:
         own, sbd = (voc / d / f"{id}.png" for d in ("SegmentationClass", "SegmentationClassAug"))
@@ -182,7 +199,14 @@ def _folder(root: Path) -> Source:
         return [Item(f.stem, f, masks.get(f.stem)) for f in files]
 
     source = Source("folder", _list(classes), root, items("train"), items("val"))
+    if not 1 <= len(source.classes) <= IGNORE:
+        raise InputError(f"{classes}: {len(source.classes)} classes; name 1 to 255, one a line")
     for part, found in (("train", source.train), ("val", source.val)):
+        for one, two in itertools.pairwise(found):
+            if one.id == two.id:
+                raise InputError(
+                    f"{one.image} and {two.image.name}: one stem; rename or remove one"
+                )
         if not found:
             raise InputError(
                 f"{root / part / 'images'}: holds no image; put the {part} images there"
@@ -269,10 +293,10 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
             long, thin = (1.2, 0.2) if what == "formless" else r.uniform(0.1, (1, 0.4))
             where = (abs(u) < long * size) & (abs(v) < thin * size)
         tone = texture(kind, u, v) if what in ("object", "formless") else u / size  # or a shade
-        ink = r.uniform(0, 140, 3)
-        ground = np.clip(ink + r.uniform(90, 160) + r.normal(0, 30, 3), 0, 255)
-        tone = np.clip(0.5 + 1.5 * tone, 0, 1)[..., None]
-        image[where] = (ground + (ink - ground) * tone)[where]
+        color, contrast = r.uniform(60, 200, 3), r.uniform(90, 160) + r.normal(0, 30, 3)
+        tone = np.clip(0.5 + 1.5 * tone[where], 0, 1)
+        tone -= tone.mean() if where.any() else 0  # so that no texture is lighter than another
+        image[where] = color + contrast * tone[:, None]
         label[where] = kind + 1 if what == "object" else 0
     image = image + r.normal(0, r.uniform(2, 10), image.shape) + r.uniform(-20, 20, 3)
     return np.clip(image, 0, 255).astype(np.uint8), label
@@ -344,7 +368,7 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     Counts are rounded up, which gives the published ones (92 of 1464, 662 of 10582, 186 of 2975).
     Draws are nested: 1/16 is part of 1/8. InputError names the value or the id that is wrong.
     """
-    if Path(split).is_dir():
+    if is_folder(Path(split)):
         files = (Path(split) / name for name in ("labeled.txt", "unlabeled.txt"))
         labeled, unlabeled = (_read_list(source, f) for f in files)
         said = f"lists of {split}"
@@ -354,7 +378,7 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
         said = f"{protocol} protocol, {said}" if source.name == "pascal" else said
 
     def there(path: Path | int | None) -> bool:
-        return isinstance(path, int) or (path is not None and (path == BUILT_IN or path.is_file()))
+        return isinstance(path, int) or path == BUILT_IN or _is_file(path)
 
     val_images, labeled_images = {i.image for i in source.val}, {i.image for i in labeled}
     for item in (*labeled, *unlabeled):
@@ -406,24 +430,27 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
 
 def _read_list(source: Source, path: Path) -> list[Item]:
     """Items of a list: `image mask` paths relative to the root, or bare ids, one a line."""
-    known, items, seen = {i.id: i for i in (*source.train, *source.val)}, [], set()
+    both = (*source.val, *source.train)  # where they share an id, a list means the training image
+    by_id, by_image = {i.id: i for i in both}, {i.image: i for i in both}
+    items, seen = [], set()
     for line in _list(path):
-        words = line.split()
+        words = [line] if line in by_id else line.split()
         for word in words:
             if Path(word).is_absolute() or ".." in Path(word).parts or "\0" in word:
                 raise InputError(f"{path}: {word!r} leads out of {source.root}; use relative paths")
-        id = Path(words[0]).stem.removesuffix("_leftImg8bit")
-        item = known.get(words[0]) or known.get(id)
         if "/" in words[0]:
+            image = source.root / words[0]
+            item = by_image.get(image) or Item(image.stem, image, None)
             mask = source.root / words[-1] if len(words) > 1 else None
-            if mask is None or not mask.is_file():  # lists write VOC's folder for SBD's masks too
-                mask = item and item.mask
-            item = Item(id, source.root / words[0], mask)
+            if _is_file(mask):  # else the data set's: lists write VOC's folder for SBD's masks too
+                item = Item(item.id, image, mask)
+        else:
+            item = by_id.get(words[0]) or by_id.get(Path(words[0]).stem)
         if item is None:
             raise InputError(f"{path}: {words[0]} is not in {source.name} {source.root}; remove it")
-        if item.id in seen:
+        if item.image in seen:
             raise InputError(f"{path}: {item.id} is listed twice; list it once")
-        seen.add(item.id)
+        seen.add(item.image)
         items.append(item)
     if not items:
         raise InputError(f"{path}: an empty list; give at least one image")
@@ -437,7 +464,9 @@ def write_split(split: Split, root: Path, out: Path) -> None:
         lines = []
         for i in items:
             files = [] if isinstance(i.image, int) else [p for p in (i.image, i.mask) if p]
-            lines.append(" ".join(p.relative_to(root).as_posix() for p in files) or i.id)
+            paths = [p.relative_to(root).as_posix() for p in files]
+            spaced = any(len(p.split()) > 1 for p in paths)  # such a line could not be read back
+            lines.append(i.id if spaced else " ".join(paths) or i.id)
         (out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -823,7 +852,10 @@ def download(root: Path) -> None:
 
 def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, path: Path) -> None:
     """Writes a picture, an image a row: weak view, two strong views, CutMix of the first, label."""
+    if path.suffix.lower() not in (".png", ".jpg"):
+        raise InputError(f"--preview {path}: give a .png file")
     items = [i for i in source.train if i.mask][:8]
+    items = items if len(items) > 1 else items * 2
     split = Split(items, items, [], source.classes, "", "")
     args = dict(seed=seed, crop_size=crop, scale=scale, batch_size=len(items) // 2 * 2)
     args = argparse.Namespace(**args, labeled_only=False, iters=1)
@@ -836,6 +868,7 @@ def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, pa
     labels = torch.from_numpy(colorize(batch["y"].numpy())).permute(0, 3, 1, 2) / 255
     columns = torch.cat([batch["u"], *strong, cut, batch["x"], labels], 3)  # [B, 3, H, 6W]
     rows = (columns.permute(0, 2, 3, 1).flatten(0, 1) * 255).round().byte()
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rows.numpy()).save(path)
 
 
@@ -885,4 +918,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

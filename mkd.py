@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = common.make_parser("mkd", __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
     a = p.add_argument_group("MKD").add_argument
-    a("--ema", type=common.WEIGHT, default=0.6, help="the most that m, a teacher's memory, becomes")
+    a("--ema", type=common.SHARE, default=0.6, help="the most that m, a teacher's memory, becomes")
     a("--lambda-st", type=common.WEIGHT, default=1.5, help="weight of L_st, from the teachers")
     a("--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students")
     a("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")

@@ -322,6 +322,8 @@ def build_network(
     backbone: str, num_classes: int, output_stride: int = 16, decoder: str = "deeplab"
 ) -> Segmenter:
     """The network of --backbone, --output-stride and --decoder, or of a best.pt's `config`."""
+    if backbone not in BACKBONES:
+        raise InputError(f"backbone {backbone!r}: unknown; one of {', '.join(BACKBONES)}")
     if decoder == "deeplab":
         return DeepLabV3Plus(backbone, num_classes, output_stride)
     if backbone not in DINOV2:
@@ -361,6 +363,7 @@ def load_weights(net: Segmenter, name: str, weights: str) -> str:
     state = _download_weights(name) if fetched else load_checkpoint(Path(weights))
     for wrap in ("state_dict", "model", "net"):
         state = state[wrap] if isinstance(state.get(wrap), dict) else state
+    state = {k: v for k, v in state.items() if isinstance(k, str)}
     for prefix in ("module.", "backbone.", "features."):
         if any(k.startswith(prefix) for k in state):
             state = {k.removeprefix(prefix): v for k, v in state.items()}
