@@ -359,14 +359,15 @@ def test(args: argparse.Namespace) -> None:
     try:
         net = build_network(**saved["config"])
         net.load_state_dict(saved["net"])
-        if saved["classes"] != list(source.classes):
-            raise InputError(
-                f"{args.test_only}: its {len(saved['classes'])} classes are not the "
-                f"{len(source.classes)} of {args.dataset}; evaluate it on its own data set"
-            )
-    except (KeyError, TypeError, RuntimeError) as e:
+        classes = list(saved["classes"])
+    except (InputError, AttributeError, KeyError, RuntimeError, TypeError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"{args.test_only}: no best.pt of ours ({reason}); give one") from None
+    if classes != list(source.classes):
+        raise InputError(
+            f"{args.test_only}: its {len(classes)} classes are not the {len(source.classes)} of "
+            f"{args.dataset}; evaluate it on its own data set"
+        )
     net = net.to(device, memory_format=torch.channels_last)
     write = save_predictions(args.save_predictions) if args.save_predictions else None
     miou, iou = iou_of(evaluate({"net": net}, source, args, device, write)["net"])
@@ -525,7 +526,7 @@ class Run:
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
                 reason = str(e).splitlines()[0][:120]
                 raise InputError(
-                    f"{out}: its checkpoint is not of this script ({reason}); give another --out"
+                    f"{found[0]}: not of this script ({reason}); give another --out or --overwrite"
                 ) from None
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 may now overwrite
@@ -555,7 +556,9 @@ class Run:
                 raise
             self.say(f"{e}; going back to {found[1]}")
             saved, path = load_checkpoint(found[1]), found[1]
-        was, now = saved.get("flags", {}), self._flags()
+        was, now = saved.get("flags"), self._flags()
+        if not isinstance(was, dict):
+            raise InputError(f"{path}: no latest.pt of ours; give another --out, or --overwrite")
         differ = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
         if differ:
             raise InputError(

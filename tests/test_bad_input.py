@@ -160,7 +160,6 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "truncated unlabelled JPEG": (truncated("train/images/t0[4-7].jpg"), "", ".jpg"),
     "truncated val JPEG": (truncated("val/images/v00.jpg"), "--labeled-only", "v00.jpg"),
     "mask of another size": (masks(lambda m: m[1:]), "", "(48, 39)"),
-    "mask of another size in val": (masks(lambda m: m.T, "val"), "--labeled-only", "(40, 48)"),
     "mask value too large": (masks(lambda m: m + 3), "", "value 3"),
     "mask value 254 in val": (masks(lambda m: m + 254, "val"), "--labeled-only", "value 254"),
     "RGB mask": (masks(lambda m: np.stack([m] * 3, 2)), "", "RGB"),
@@ -211,6 +210,11 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     ),
     "test an unknown network": (
         put("best.pt", lambda _: checkpoint(config=dict(backbone="vgg", num_classes=3))),
+        "--test-only {tmp}/best.pt",
+        "best.pt",
+    ),
+    "test a network without a name": (
+        put("best.pt", lambda _: checkpoint(config=dict(backbone="nonsense", num_classes=3))),
         "--test-only {tmp}/best.pt",
         "best.pt",
     ),

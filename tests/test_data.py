@@ -592,6 +592,15 @@ def test_drawn_split_with_val_images_in_train(tmp_path):
         data.make_split(data.load_source("pascal", root), "2", 0, "classic")
 
 
+def test_drawn_split_from_a_list_with_an_id_twice(tmp_path):
+    root = make_pascal(tmp_path / "voc")
+    for name in ("trainaug", "train"):
+        path = root / f"VOCdevkit/VOC2012/ImageSets/Segmentation/{name}.txt"
+        path.write_text(path.read_text() + VOC_TRAIN[1] + "\n")
+    split = data.make_split(data.load_source("pascal", root), "full", 0, "classic")
+    assert [i.id for i in split.labeled] == VOC_TRAIN[:5]
+
+
 def test_drawn_split_with_a_missing_file(tmp_path):
     root = make_pascal(tmp_path / "voc")
     (root / f"VOCdevkit/VOC2012/JPEGImages/{VOC_TRAIN[7]}.jpg").unlink()
@@ -1227,16 +1236,16 @@ def test_write_split_command(tmp_path, monkeypatch, capsys):
     assert first == voc_line(want.labeled[0].id)
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.nonsense"])
-def test_preview_that_cannot_be_written(tmp_path, monkeypatch, name):
-    with pytest.raises(InputError, match=name):
-        command(monkeypatch, "--dataset", "shapes", "--preview", tmp_path / "missing" / name)
+def test_preview_that_is_no_picture(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="x.nonsense"):
+        command(monkeypatch, "--dataset", "shapes", "--preview", tmp_path / "x.nonsense")
 
 
-def test_preview_of_one_image(tmp_path, monkeypatch):
-    root = make_folder(tmp_path / "f", labeled=1, unlabeled=1)
-    with pytest.raises(InputError):
-        command(monkeypatch, "--dataset", "folder", "--root", root, "--preview", tmp_path / "x.png")
+def test_preview_of_one_image_into_a_new_folder(tmp_path, monkeypatch):
+    root, picture = make_folder(tmp_path / "f", labeled=1, unlabeled=1), tmp_path / "new/x.png"
+    command(monkeypatch, "--dataset", "folder", "--root", root, "--preview", picture)
+    crop = data.PRESETS["folder"]["crop_size"]
+    assert Image.open(picture).size == (6 * crop, 2 * crop)
 
 
 def test_download_needs_scipy(tmp_path, monkeypatch):

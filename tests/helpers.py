@@ -1,0 +1,199 @@
+"""For the tests: ranks, a script's run, and plain restatements that several methods share.
+
+The restatements are written from the notes, with loops, lists of pixels and explicit exponentials;
+none is copied from the code under test. A "pixel list" is [P, C]: one row for each pixel kept.
+"""
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+
+# -------------------------------------------------------------------------------------- ranks
+
+
+def run_ranks(world: int, fn: Callable, *args: object) -> list:
+    """What fn(*args) returns on each rank of a gloo group; `fn` at the top level of a module."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (world, fn, args, folder), nprocs=world)
+        return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]
+
+
+def _rank(rank: int, world: int, fn: Callable, args: tuple, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=world)
+    torch.save(fn(*args), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------- a whole run
+
+TINY = (
+    "--dataset shapes --iters 2 --crop-size 48 --batch-size 2 --workers 0 --log-every 1 --ramp 0 "
+    "--amp off --weights none --optimizer sgd --lr 0.004 --head-lr-mult 3 --weight-decay 0.001 "
+    "--scale 0.3 0.8"  # images of 29 to 77 pixels: some crops are padded
+).split()
+
+
+def run_main(script: ModuleType, argv: list[str], out: Path) -> tuple[list[dict], dict, dict]:
+    """Runs a script's main; returns its train lines, latest.pt and best.pt, and removes `out`."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        script.main([*argv, "--out", str(out)])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    saved = [torch.load(out / f"{n}.pt", weights_only=True) for n in ("latest", "best")]
+    shutil.rmtree(out)  # some 100 MB
+    return [line for line in lines if line["kind"] == "train"], *saved
+
+
+def batches_of(args: object) -> list[dict]:
+    """The batches of a run: data.py has tests of its own."""
+    source = data.load_source(args.dataset, args.root)
+    split = data.make_split(source, args.split, args.split_seed, args.protocol)
+    cpu = torch.device("cpu")
+    return list(data.train_batches(data.TrainBatches(split, args), 0, 0, cpu))
+
+
+def find_seed(args: object, boxes: bool = True) -> list[dict]:
+    """Sets args.seed to one whose first batch has padding in x and u, and boxes in both views."""
+    for args.seed in range(100):
+        batches = batches_of(args)
+        first = batches[0]
+        padded = all(not first[f"{k}_valid"].all() for k in "xu")
+        # all boxes are the notes' (of 2 % or more) or empty
+        if padded and (not boxes or all((b[:, 2] > b[:, 0]).any() for b in first["box"])):
+            return batches
+    raise AssertionError("no seed among 100 has padding and boxes")
+
+
+def look(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """A forward pass by hooks: z_4 and f of decoder size, the last map `deep`, z of full size."""
+    seen = {}
+    hooks = [
+        net.classifier.register_forward_hook(lambda m, i, o: seen.update(f=i[0], z_4=o)),
+        net.backbone.register_forward_hook(lambda m, i, o: seen.update(deep=o[-1])),
+    ]
+    net(x)
+    for hook in hooks:
+        hook.remove()
+    return seen | {"z": bilinear(seen["z_4"], x.shape[-2:])}
+
+
+def bilinear(z: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(z, size, mode="bilinear", align_corners=True)
+
+
+def sgd(args: object, parts: list[tuple[list, float]], step: int, old: list | None) -> list:
+    """SGD with momentum 0.9 and L2 decay over (parameters, lr factor); returns the velocities."""
+    poly = (1 - step / args.iters) ** 0.9
+    velocity, k = [], 0
+    with torch.no_grad():
+        for parameters, factor in parts:
+            for p in parameters:
+                g = (0 if p.grad is None else p.grad) + args.weight_decay * p
+                velocity.append(g if old is None else 0.9 * old[k] + g)
+                p -= args.lr * factor * poly * velocity[-1]
+                p.grad = None
+                k += 1
+    return velocity
+
+
+def split_parameters(net: nn.Module) -> tuple[list, list]:
+    """Parameters of the backbone, and all others."""
+    backbone = list(net.backbone.parameters())
+    return backbone, [p for p in net.parameters() if not any(p is b for b in backbone)]
+
+
+def assert_same_update(begin: dict, mine: dict, theirs: dict, least: float = 1e-3) -> None:
+    """Two state dicts moved alike from `begin`: relative distance of all their float entries."""
+    moved, apart = 0.0, 0.0
+    assert mine.keys() == theirs.keys()
+    for name, was in begin.items():
+        if was.is_floating_point():
+            moved += (mine[name] - was).double().square().sum().item()
+            apart += (theirs[name] - mine[name]).double().square().sum().item()
+    assert moved > 0, "nothing was learnt"
+    assert (apart / moved) ** 0.5 < least, (apart, moved)
+
+
+def between(confidence: Tensor) -> float:
+    """A threshold near the median that no confidence is close to."""
+    c = confidence.flatten().sort().values
+    c = c[int(0.3 * len(c)) : int(0.7 * len(c))]
+    k = (c[1:] - c[:-1]).argmax()
+    return round(((c[k] + c[k + 1]) / 2).item(), 7)
+
+
+# ---------------------------------------------------------------------------- the notes' pieces
+
+
+def standardized(image: Tensor) -> Tensor:
+    """[B, 3, H, W] in [0, 1] less ImageNet's mean, over its deviation."""
+    out = image.clone()
+    for k, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+        out[:, k] = (image[:, k] - mean) / std
+    return out
+
+
+def pasted(t: Tensor, boxes: Tensor, partner: list[int]) -> Tensor:
+    """CutMix with loops: box b (top, left, bottom, right) of t[b] is filled from t[partner[b]]."""
+    out = t.clone()
+    for b, (top, left, bottom, right) in enumerate(boxes.tolist()):
+        out[b, ..., top:bottom, left:right] = t[partner[b], ..., top:bottom, left:right]
+    return out
+
+
+def nearest(t: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cell (i, j) of [B, h, w] is pixel (floor(i H / h), floor(j W / w)) of t [B, H, W]."""
+    rows, cols = ([i * n // s for i in range(s)] for n, s in zip(t.shape[-2:], size, strict=True))
+    return t[:, rows][:, :, cols]
+
+
+def pixels(t: Tensor, where: Tensor) -> Tensor:
+    """The pixel list [P, C] of t [B, C, H, W] at the True places of `where` [B, H, W]."""
+    return t.permute(0, 2, 3, 1)[where]
+
+
+def log_softmax(rows: Tensor) -> Tensor:
+    """Of a pixel list, by definition."""
+    e = (rows - rows.amax(1, keepdim=True)).exp()
+    return (e / e.sum(1, keepdim=True)).log()
+
+
+def ce_sum(z: Tensor, label: Tensor, where: Tensor) -> Tensor:
+    """Sum of -log p_label over the places of `where`; z [B, C, H, W], label [B, H, W]."""
+    if not where.any():
+        return z.sum() * 0
+    log_p = log_softmax(pixels(z, where))
+    return -log_p[torch.arange(len(log_p)), label[where]].sum()
+
+
+def kl_sum(z_t: Tensor, z: Tensor, where: Tensor, t: float) -> Tensor:
+    """Sum of KL(softmax(z_T / t) || softmax(z / t)) t^2 over the places of `where`."""
+    if not where.any():
+        return z.sum() * 0
+    log_t, log_p = (log_softmax(pixels(a, where) / t) for a in (z_t, z))
+    return (log_t.exp() * (log_t - log_p)).sum() * t**2
+
+
+def supervised(z: Tensor, y: Tensor) -> Tensor:
+    """CE over the pixels that are not 255."""
+    where = y != 255
+    return ce_sum(z, y, where) / max(int(where.sum()), 1)

@@ -1,0 +1,554 @@
+"""Oracles of mkd.py, written a second time from the note; its first two steps recomputed."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    TINY,
+    assert_same_update,
+    batches_of,
+    between,
+    bilinear,
+    ce_sum,
+    find_seed,
+    look,
+    nearest,
+    run_main,
+    run_ranks,
+    sgd,
+    split_parameters,
+    standardized,
+    supervised,
+)
+from torch import Tensor, nn
+
+import data
+import mkd
+from networks import build_network
+
+F64 = dict(rtol=1e-10, atol=1e-13)
+
+
+def draw(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape) * scale)
+
+
+def drawn_labels(*shape: int, classes: int, seed: int = 0, ignored: float = 0.2) -> Tensor:
+    r = np.random.default_rng(seed)
+    y = r.integers(0, classes, shape)
+    y[r.random(shape) < ignored] = 255
+    return torch.from_numpy(y)
+
+
+# ------------------------------------------------------------------------------------- teachers
+
+
+def small_net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).double()
+    for buffer in ("running_mean", "running_var"):
+        getattr(net[1], buffer).uniform_()
+    return net
+
+
+def test_teacher_follows_the_hand_computed_sequence():
+    """m = 0, 1/2, 3/5, 3/5 for --ema 0.6: a copy, then means of what the student has been."""
+    student, teacher = small_net(0), small_net(1)
+    statistics = {n: b.clone() for n, b in teacher.named_buffers()}
+    expected = {n: p.detach().clone() for n, p in teacher.named_parameters()}
+    for t, m in ((1, 0.0), (2, 0.5), (3, 0.6), (4, 0.6)):
+        with torch.no_grad():
+            for p in student.parameters():
+                p.copy_(torch.randn_like(p))
+        was = {n: p.detach().clone() for n, p in student.named_parameters()}
+        mkd.update_teacher(teacher, student, t, 0.6)
+        for name, p in teacher.named_parameters():
+            expected[name] = m * expected[name] + (1 - m) * was[name]
+            torch.testing.assert_close(p.detach(), expected[name], **F64)
+            assert torch.equal(dict(student.named_parameters())[name], was[name]), "student moved"
+            if t == 1:
+                assert torch.equal(p, was[name]), "step 1 is an exact copy"
+    for name, buffer in teacher.named_buffers():
+        assert torch.equal(buffer, statistics[name]), "batch norm statistics are the teacher's own"
+
+
+def test_ema_above_one_half_takes_a_while_and_one_never_arrives():
+    """--ema 1: m = 1 - 1/t, so the teacher is the mean of all students so far."""
+    student, teacher, seen = small_net(0), small_net(1), []
+    for t in range(1, 6):
+        with torch.no_grad():
+            student[0].weight.normal_()
+        seen.append(student[0].weight.detach().clone())
+        mkd.update_teacher(teacher, student, t, 1.0)
+    torch.testing.assert_close(teacher[0].weight.detach(), sum(seen) / 5, **F64)
+
+
+# ------------------------------------------------------------------------------------ the mask
+
+
+@pytest.mark.parametrize("crop", [48, 321])
+def test_mix_boxes_are_the_notes(crop: int):
+    """p ~ U(.25, .5), h in [p, 1], w = p / h; both times sqrt(1/3); anywhere inside the crop."""
+    boxes = np.array([mkd.mix_boxes(crop, np.random.default_rng(k)) for k in range(800)])
+    assert boxes.shape == (800, 3, 4)
+    assert boxes.min() >= 0
+    assert boxes.max() <= crop
+    top, left, bottom, right = boxes.reshape(-1, 4).T
+    height, width = (bottom - top) / crop, (right - left) / crop
+    assert height.min() > 0.25 * 3**-0.5 - 1 / crop
+    assert height.max() < 3**-0.5 + 1 / crop
+    assert width.min() > 0.25 * 3**-0.5 - 1 / crop
+    assert width.max() < 3**-0.5 + 1 / crop
+    area = height * width * 3  # = p, but for rounding
+    assert area.min() > 0.25 - 3 / crop
+    assert area.max() < 0.5 + 3 / crop
+    assert area.mean() == pytest.approx(0.375, abs=0.005)
+    assert np.log(height / width).mean() == pytest.approx(0, abs=0.03)  # U is even in log h
+    assert np.log(height / width).std() == pytest.approx(0.58, abs=0.03)
+    # every place that fits is as likely: near and far edges alike
+    free_y, free_x = crop - (bottom - top), crop - (right - left)
+    for start, free in ((top, free_y), (left, free_x)):
+        assert (start / free).mean() == pytest.approx(0.5, abs=0.02)
+        assert (start / free).std() == pytest.approx(12**-0.5, abs=0.02)
+    assert len({tuple(b) for b in boxes[0]}) == 3, "three boxes, not one thrice"
+
+
+def test_mix_boxes_depend_on_the_generator_alone():
+    twice = [mkd.mix_boxes(64, np.random.default_rng(5)) for _ in range(2)]
+    assert twice[0] == twice[1] != mkd.mix_boxes(64, np.random.default_rng(6))
+
+
+def xored(boxes: Tensor, crop: int) -> Tensor:
+    """M by counting, pixel by pixel: True in one or in three of the boxes."""
+    m = torch.zeros(len(boxes), crop, crop, dtype=torch.bool)
+    for b in range(len(boxes)):
+        for top, left, bottom, right in boxes[b].tolist():
+            m[b, top:bottom, left:right] ^= True
+    return m
+
+
+def test_mix_mask_is_the_xor_of_three_boxes():
+    boxes = torch.tensor(
+        [
+            [[0, 0, 4, 4], [2, 2, 6, 6], [3, 3, 5, 8]],  # once, twice and thrice covered pixels
+            [[0, 0, 8, 8], [0, 0, 8, 8], [1, 2, 3, 4]],
+            [[0, 0, 0, 0], [5, 5, 5, 8], [7, 7, 8, 8]],
+        ]
+    )
+    m = mkd.mix_mask(boxes, 8)
+    assert torch.equal(m, xored(boxes, 8))
+    assert m[0, 3, 3], "three boxes meet here"
+    assert not m[0, 2, 2], "two boxes meet here"
+    assert m[1].sum() == 4
+
+
+def test_mean_coverage_is_about_a_quarter():
+    r = np.random.default_rng(0)
+    boxes = torch.tensor([mkd.mix_boxes(64, r) for _ in range(2000)])
+    m = mkd.mix_mask(boxes, 64).float().mean((1, 2))
+    assert m.mean() == pytest.approx(0.25, abs=0.02)
+    assert 0.05 < m.std() < 0.15
+
+
+@pytest.mark.parametrize("b", [2, 4, 6])
+def test_the_partner_is_always_another_image(b: int):
+    image = torch.arange(b).float()[:, None, None, None].expand(b, 2, 6, 6)
+    keep_all = torch.ones(b, 6, 6, dtype=torch.bool)
+    partner = mkd.mix(image, ~keep_all)[:, 0, 0, 0].long().tolist()
+    assert sorted(partner) == list(range(b)), "no permutation"
+    assert all(p != i for i, p in enumerate(partner)), "an image is its own partner"
+    assert torch.equal(mkd.mix(image, keep_all), image), "M = 1 keeps the image"
+
+
+def mixed(t: Tensor, m: Tensor) -> Tensor:
+    """M t + (1 - M) t[pi] by loops for the batch's pairs; cell (i, j) has M of its first pixel."""
+    none = torch.zeros(len(t), 1, 1, dtype=torch.bool)
+    partner = mkd.mix(torch.arange(len(t))[:, None, None], none).flatten().tolist()
+    m_t, out = nearest(m, t.shape[-2:]), t.clone()
+    for b, i, j in np.ndindex(*m_t.shape):
+        out[b, ..., i, j] = t[b if m_t[b, i, j] else partner[b], ..., i, j]
+    return out
+
+
+@pytest.mark.parametrize(("h", "w"), [(16, 16), (4, 4), (5, 5), (2, 2)])
+def test_mix_of_images_logits_features_and_valid_maps(h: int, w: int):
+    m = draw(4, 16, 16, seed=1) > 0
+    t = draw(4, 3, h, w)
+    assert torch.equal(mkd.mix(t, m), mixed(t, m))
+    assert torch.equal(mkd.mix(t[:, 0] > 0, m), mixed(t[:, 0] > 0, m))
+    assert not torch.equal(mkd.mix(t, m), t)
+
+
+# --------------------------------------------------------------------------------- statistics
+
+
+def all_pixels(batches: list[tuple[Tensor, Tensor]], c: int) -> np.ndarray:
+    """Every pixel of class c so far, [P, A]."""
+    found = [f.permute(0, 2, 3, 1)[label == c] for f, label in batches]
+    return torch.cat(found).numpy()
+
+
+def statistics_batches(dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    """Five updates over 5 classes: class 3 comes late, 1 skips one, 4 never, and one is all 255."""
+    batches = []
+    for k in range(5):
+        f = draw(2 + 2 * (k % 2), 7, 3, 4, seed=10 + k, scale=1 + k) + k  # means move
+        label = drawn_labels(len(f), 3, 4, classes=4, seed=20 + k)
+        label[(label == 3) & torch.tensor(k < 2)] = 0
+        label[(label == 1) & torch.tensor(k == 1)] = 2
+        if k == 2:
+            label[:] = 255
+        batches.append((f.to(dtype), label))
+    return batches
+
+
+def check_statistics(stats: mkd.ClassStatistics, seen: list, rtol: float = 1e-10):
+    for c in range(5):
+        x = all_pixels(seen, c)
+        assert stats.count[c] == len(x)
+        mean, var = (x.mean(0), x.var(0)) if len(x) else (np.zeros(7), np.zeros(7))
+        np.testing.assert_allclose(stats.mean[c], mean, rtol=rtol, atol=1e-12)
+        np.testing.assert_allclose(stats.var[c], var, rtol=rtol, atol=1e-12)
+
+
+def test_statistics_are_those_of_all_pixels_so_far():
+    stats, seen = mkd.ClassStatistics(5, 7).double(), []
+    for f, label in statistics_batches():
+        stats.update(f, label)
+        seen.append((f, label))
+        check_statistics(stats, seen)
+    assert len(all_pixels(seen[:2], 3)) == len(all_pixels(seen, 4)) == 0, "no class was absent"
+    assert len(all_pixels(seen, 3)) > 5
+
+
+def test_statistics_in_float32_are_good_to_five_digits():
+    """As in a run: pixels after a ReLU, two hundred updates."""
+    stats, seen = mkd.ClassStatistics(2, 7), []
+    for k in range(200):
+        f, label = draw(2, 7, 4, 4, seed=k).relu(), drawn_labels(2, 4, 4, classes=2, seed=k)
+        stats.update(f.float(), label)
+        seen.append((f, label))
+    for c in range(2):
+        x = all_pixels(seen, c)
+        np.testing.assert_allclose(stats.mean[c], x.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(stats.var[c], x.var(0), rtol=2e-5)
+
+
+def test_statistics_are_in_the_checkpoint():
+    stats, other = mkd.ClassStatistics(5, 7).double(), mkd.ClassStatistics(5, 7).double()
+    one, two, *_ = statistics_batches()
+    stats.update(*one)
+    other.load_state_dict(copy.deepcopy(stats.state_dict()))
+    other.update(*two)
+    check_statistics(other, [one, two])
+
+
+def statistics_on_a_rank() -> dict[str, Tensor]:
+    stats, rank = mkd.ClassStatistics(5, 7).double(), torch.distributed.get_rank()
+    for f, label in statistics_batches():
+        # unequal shares of every class: one image on rank 0, the others on rank 1
+        stats.update(*((f[:1], label[:1]) if rank == 0 else (f[1:], label[1:])))
+    return stats.state_dict()
+
+
+def test_two_ranks_hold_the_statistics_of_one():
+    ranks, batches = run_ranks(2, statistics_on_a_rank), statistics_batches()
+    for name, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][name]), "the ranks differ"
+    stats = mkd.ClassStatistics(5, 7).double()
+    stats.load_state_dict(ranks[0])
+    check_statistics(stats, batches)
+
+
+# ------------------------------------------------------------------------------- augmentation
+
+
+def augmented_directly(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, lam: float) -> Tensor:
+    """z~_c = z_c + 1/2 lambda sum_a (W_ca - W_ya)^2 Sigma_ya, as an N x C x A tensor."""
+    rows, y = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]), label.reshape(-1)
+    w, sigma = weight.detach().flatten(1), var[y.clamp_max(len(weight) - 1)]  # [C, A], [N, A]
+    own = w[y.clamp_max(len(weight) - 1)]  # [N, A]
+    shift = ((w[None] - own[:, None]) ** 2 * sigma[:, None]).sum(2) * lam / 2  # [N, C, A] summed
+    shift = torch.where((y == 255)[:, None], torch.zeros_like(shift), shift)
+    b, c, h, w_ = z.shape
+    return (rows + shift).reshape(b, h, w_, c).permute(0, 3, 1, 2)
+
+
+def exact_weight(c: int = 5, a: int = 7) -> Tensor:
+    """A classifier's weight [C, A, 1, 1] that float32 holds exactly."""
+    return draw(c, a, 1, 1, seed=3).float().double()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.5])
+@pytest.mark.parametrize("kind", ["mixed", "one class", "all ignored"])
+def test_augment_is_the_direct_formula(strength: float, kind: str):
+    z, weight, var = draw(2, 5, 3, 4), exact_weight(), draw(5, 7, seed=4).abs()
+    label = drawn_labels(2, 3, 4, classes=5)
+    label = {"mixed": label, "one class": 0 * label + 4, "all ignored": 0 * label + 255}[kind]
+    found = mkd.augment(z, label, weight, var, strength)
+    torch.testing.assert_close(
+        found, augmented_directly(z, label, weight, var, strength), rtol=1e-6, atol=1e-6
+    )
+    moved = (found != z).any(1)
+    assert torch.equal(moved, (label != 255) & (strength > 0))
+
+
+def test_augment_in_float64():
+    """With weights that float32 holds, the whole formula is right to 1e-10."""
+    z, weight, var = draw(2, 5, 3, 4), exact_weight() * 0, draw(5, 7, seed=4).abs()
+    weight[:, :, 0, 0] = (draw(5, 7, seed=3) * 64).round() / 64  # differences are exact as well
+    label = drawn_labels(2, 3, 4, classes=5)
+    torch.testing.assert_close(
+        mkd.augment(z, label, weight, var, 0.8),
+        augmented_directly(z, label, weight, var, 0.8),
+        **F64,
+    )
+
+
+def test_a_pixels_own_class_is_not_raised():
+    """The sum is zero at c = y: the augmented CE is never below the plain one."""
+    z, weight, var = draw(2, 5, 3, 4), exact_weight(), draw(5, 7, seed=4).abs()
+    label = drawn_labels(2, 3, 4, classes=5, ignored=0)
+    z_aug = mkd.augment(z, label, weight, var, 1.0)
+    own = label[:, None]
+    assert torch.equal(z_aug.gather(1, own), z.gather(1, own))
+    assert (z_aug - z).sum() > 1
+
+
+def test_gradient_of_the_augmented_ce():
+    """d CE(z~, t) / dz = softmax(z~) - onehot(t); W and Sigma are constants."""
+    z, label = draw(2, 5, 3, 4).requires_grad_(), drawn_labels(2, 3, 4, classes=5)
+    weight, var = exact_weight().requires_grad_(), draw(5, 7, seed=4).abs().requires_grad_()
+    t = drawn_labels(2, 3, 4, classes=5, seed=9, ignored=0)
+    z_aug = mkd.augment(z, label, weight, var.detach(), 0.7)
+    nn.functional.cross_entropy(z_aug, t, reduction="sum").backward()
+    e = z_aug.detach().exp()
+    onehot = torch.zeros_like(z).scatter_(1, t[:, None], 1.0)
+    torch.testing.assert_close(z.grad, e / e.sum(1, keepdim=True) - onehot, **F64)
+    assert weight.grad is None
+    stats = mkd.ClassStatistics(5, 7)
+    stats.update(draw(2, 7, 3, 4).float().requires_grad_(), label)
+    assert not stats.var.requires_grad
+    assert not list(stats.parameters())
+
+
+# ------------------------------------------------------------------------------ mutual losses
+
+
+def losses_by_hand(z: list, t: list, keep: list, valid: Tensor) -> tuple[float, float]:
+    """L_st and L_ss with every index written out."""
+    z1, z2 = z
+    t_s1, t_s2 = (a.argmax(1) for a in z)
+    t_t1, t_t2 = t
+    n = max(int(valid.sum()), 1)
+    st = ce_sum(z1, t_t2, valid & keep[1]) / n + ce_sum(z2, t_t1, valid & keep[0]) / n
+    ss = ce_sum(z1, t_s2, valid) / n + ce_sum(z2, t_s1, valid) / n
+    return st.item(), ss.item()
+
+
+def mutual_case(seed: int = 0) -> tuple[list, list, list, Tensor]:
+    z = [draw(2, 5, 4, 3, seed=seed + k) for k in range(2)]
+    t = [drawn_labels(2, 4, 3, classes=5, seed=seed + k, ignored=0) for k in range(2)]
+    keep = [draw(2, 4, 3, seed=seed + 5 + k) > (-1, 1)[k] for k in range(2)]
+    return z, t, keep, draw(2, 4, 3, seed=seed + 9) > -1
+
+
+@pytest.mark.parametrize(
+    "case", ["some", "all", "no confident pixel", "nothing valid", "one class"]
+)
+def test_mutual_losses(case: str):
+    z, t, keep, valid = mutual_case()
+    if case in ("all", "no confident pixel"):
+        keep = [torch.full_like(k, case == "all") for k in keep]
+        valid = torch.ones_like(valid)
+    elif case == "nothing valid":
+        valid = torch.zeros_like(valid)
+    elif case == "one class":
+        t = [torch.full_like(a, 2) for a in t]
+    found = [a.item() for a in mkd.mutual_losses(z, t, keep, valid)]
+    mine = losses_by_hand(z, t, keep, valid)
+    np.testing.assert_allclose(found, mine, **F64)
+    if case == "no confident pixel":
+        assert found[0] == 0, "L_st has the threshold"
+        assert found[1] > 0, "L_ss has none"
+
+
+def test_a_student_learns_from_the_others_teacher_and_from_the_other_student():
+    """What each network's targets reach: gradients and values, pair by pair."""
+    z, t, keep, valid = mutual_case(seed=50)
+    keep, valid = [torch.ones_like(k) for k in keep], torch.ones_like(valid)
+
+    def terms(z: list, t: list, keep: list) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """L_st, L_ss and the gradients of L_st on student 1 and 2."""
+        z = [a.clone().requires_grad_() for a in z]
+        st, ss = mkd.mutual_losses(z, t, keep, valid)
+        return st.item(), ss.item(), *torch.autograd.grad(st, z)
+
+    st, ss, g1, g2 = terms(z, t, keep)
+    for which in (0, 1):
+        changed = list(t)
+        changed[which] = (t[which] + 1) % 5
+        st_new, ss_new, h1, h2 = terms(z, changed, keep)
+        assert st_new != st, "every teacher teaches"
+        assert ss_new == ss, "L_ss has no teacher in it"
+        mine, others = ((g1, h1), (g2, h2))[:: 1 if which == 0 else -1]
+        assert torch.equal(*mine), "a student learns from its own teacher"
+        assert not torch.equal(*others), "a student does not learn from the other's teacher"
+        doubtful = list(keep)
+        doubtful[which] = ~keep[which]
+        st_new, ss_new, h1, h2 = terms(z, t, doubtful)
+        assert ss_new == ss, "L_ss has no threshold"
+        mine, others = ((g1, h1), (g2, h2))[:: 1 if which == 0 else -1]
+        assert torch.equal(*mine)
+        assert not others[1].any(), "the confidence is of the teacher that gives the label"
+
+
+def test_student_targets_are_hard_detached_and_the_other_students():
+    """dL_ss/dz_1 = (softmax z_1 - onehot argmax z_2) / n: nothing through the targets."""
+    z, t, keep, valid = mutual_case(seed=70)
+    z = [a.requires_grad_() for a in z]
+    ss = mkd.mutual_losses(z, t, keep, valid)[1]
+    for g, own, other in zip(torch.autograd.grad(ss, z), z, z[::-1], strict=True):
+        e = own.detach().exp()
+        onehot = torch.zeros_like(own).scatter_(1, other.argmax(1, keepdim=True), 1.0)
+        mine = (e / e.sum(1, keepdim=True) - onehot) / valid.sum() * valid[:, None]
+        torch.testing.assert_close(g, mine.detach(), **F64)
+
+
+# ------------------------------------------------------------------------ two steps recomputed
+
+VARIANTS = {
+    "defaults": "",
+    "other flags": "--threshold {tau} --ema 0.3 --lambda-st 0.7 --lambda-ss 2 --lambda0 3 "
+    "--fa students --keep-padding",
+    "no augmentation": "--fa none --ramp 1",
+}
+
+
+def half(z: Tensor) -> Tensor:
+    """The 2 x 2 average."""
+    return (z[..., ::2, ::2] + z[..., 1::2, ::2] + z[..., ::2, 1::2] + z[..., 1::2, 1::2]) / 4
+
+
+def two_steps(
+    args: object, batches: list[dict], students: list, teachers: list
+) -> tuple[list[dict[str, float]], list[list], float]:
+    """The note's one step, twice, with the statistics from lists of all pixels. B = 2.
+
+    Trains the networks; returns the terms of each step, what each network has seen as pixels and
+    labels, and a threshold that about half of the teachers' pixels reach at step 0.
+    """
+    lines, velocity, tau = [], None, None
+    seen = [[], [], [], []]  # of S1, S2, T1, T2
+    for step, batch in enumerate(batches):
+        t = step + 1
+        lam = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
+        x, u, y = standardized(batch["x"]), standardized(batch["u"]), batch["y"]
+        u1 = standardized(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
+        r = [data.rng(args.seed, "mkd", step, p) for p in range(2)]
+        m = xored(torch.tensor([mkd.mix_boxes(args.crop_size, k) for k in r]), args.crop_size)
+        valid = torch.cat([batch["x_valid"], mixed(batch["u_valid"], m)])
+        valid = torch.ones_like(valid) if args.keep_padding else valid
+
+        z_t, f_t = [], []
+        with torch.no_grad():
+            for student, teacher in zip(students, teachers, strict=True):
+                keep = min(1 - 1 / t, args.ema)
+                for mine, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
+                    theirs.copy_(keep * theirs + (1 - keep) * mine)
+                weak = look(teacher, torch.cat([x, u]))
+                z_t.append(torch.cat([weak["z_4"][:2], mixed(weak["z_4"][2:], m)]))
+                f_t.append(torch.cat([weak["f"][:2], mixed(weak["f"][2:], m)]))
+        both = [look(s, torch.cat([x, mixed(u1, m)])) for s in students]
+        z_s, f_s = ([b[k] for b in both] for k in ("z_4", "f"))
+        sup = [supervised(bilinear(z[:2], y.shape[-2:]), y) for z in z_s]
+
+        y_4, valid_4 = (nearest(a, z_s[0].shape[-2:]) for a in (y, valid))
+        z_aug = []
+        for k, (net, z, f) in enumerate(
+            zip([*students, *teachers], [*z_s, *z_t], [*f_s, *f_t], strict=True)
+        ):
+            if args.fa == "none" or (args.fa == "students" and k > 1):
+                z_aug.append(z)
+                continue
+            label = torch.cat([y_4, z[2:].argmax(1)])
+            label[~valid_4] = 255
+            seen[k].append((f.detach(), label))
+            var = torch.zeros(6, 256)
+            for c in range(6):
+                pixels = all_pixels(seen[k], c).astype(np.float64)
+                var[c] = torch.from_numpy(pixels.var(0)) if len(pixels) else 0.0
+            z_aug.append(augmented_directly(z, label, net.classifier.weight, var, lam))
+
+        z1, z2, t1, t2 = (half(z) for z in z_aug)
+        c1, c2 = (half(z).softmax(1).amax(1) for z in z_t)
+        valid_8 = nearest(valid, z1.shape[-2:])
+        tau = between(torch.stack([c1, c2])[:, valid_8]) if tau is None else tau
+        threshold = tau if args.threshold is None else args.threshold
+        k1, k2, n = c1 >= threshold, c2 >= threshold, int(valid_8.sum())
+        st = ce_sum(z1, t2.argmax(1), valid_8 & k2) + ce_sum(z2, t1.argmax(1), valid_8 & k1)
+        ss = ce_sum(z1, z2.argmax(1), valid_8) + ce_sum(z2, z1.argmax(1), valid_8)
+        terms = {"L_sup1": sup[0], "L_sup2": sup[1], "L_st": st / n, "L_ss": ss / n}
+        ramp = step / (args.ramp * args.iters) if args.ramp else 1
+        semi = args.lambda_st * terms["L_st"] + args.lambda_ss * terms["L_ss"]
+        terms["loss"] = sup[0] + sup[1] + ramp * semi
+        terms["loss"].backward()
+        parts = [split_parameters(s) for s in students]
+        groups = [(p[0], 1) for p in parts] + [(p[1], args.head_lr_mult) for p in parts]
+        velocity = sgd(args, groups, step, velocity)
+        confident = (int((k1 & valid_8).sum()) + int((k2 & valid_8).sum())) / 2 / n
+        lines.append({k: v.item() for k, v in terms.items()} | {"confident": confident})
+    return lines, seen, tau
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_VAL", 2)
+    flags = VARIANTS[variant]
+    args = mkd.parse_args([*TINY, *flags.format(tau=1).split()])
+    batches = find_seed(args, boxes=False)
+    args.threshold = None if "{tau}" in flags else args.threshold
+    torch.manual_seed(args.seed)
+    students = [build_network(args.backbone, 6, args.output_stride) for _ in range(2)]
+    teachers = [copy.deepcopy(s).requires_grad_(False) for s in students]
+    nets = dict(zip(("student1", "student2", "teacher1", "teacher2"), students + teachers))  # noqa: B905
+    begin = {n: copy.deepcopy(net.state_dict()) for n, net in nets.items()}
+    mine, seen, tau = two_steps(args, batches, students, teachers)
+
+    argv = [*TINY, "--seed", str(args.seed), *flags.format(tau=tau).split()]
+    lines, latest, best = run_main(mkd, argv, tmp_path)
+    if "{tau}" in flags:
+        assert 0.1 < lines[0]["confident"] < 0.9
+    for step, tolerance in ((0, 1e-4), (1, 0.03)):
+        for name, value in mine[step].items():
+            assert lines[step][name] == pytest.approx(value, rel=tolerance), (step, name)
+    for name, net in nets.items():
+        assert_same_update(begin[name], net.state_dict(), latest[name], 2e-2)
+    for k, pixels in enumerate(seen):
+        x = [all_pixels(pixels, c) if pixels else np.zeros((0, 256)) for c in range(6)]
+        var = np.stack([len(a) * a.var(0) if len(a) else np.zeros(256) for a in x])
+        count, found = (latest["stats"][f"{k}.{name}"].numpy() for name in ("count", "var"))
+        assert count.sum() == sum(map(len, x))
+        apart = np.linalg.norm(count[:, None] * found - var)
+        assert apart <= 0.03 * np.linalg.norm(var)
+    assert best["net"].keys() == begin["student1"].keys()
+    assert torch.equal(best["net"]["classifier.weight"], latest["student1"]["classifier.weight"])
+
+
+def test_labeled_only_trains_student_1(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_VAL", 2)
+    argv = [*TINY, "--labeled-only", "--iters", "1"]
+    args = mkd.parse_args(argv)
+    torch.manual_seed(args.seed)
+    net = build_network(args.backbone, 6)
+    begin, batch = copy.deepcopy(net.state_dict()), batches_of(args)[0]
+    loss = supervised(look(net, standardized(batch["x"]))["z"], batch["y"])
+    loss.backward()
+    backbone, head = split_parameters(net)
+    sgd(args, [(backbone, 1), (head, args.head_lr_mult)], 0, None)
+    lines, latest, _ = run_main(mkd, argv, tmp_path)
+    assert lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert_same_update(begin, net.state_dict(), latest["student1"], 1e-2)

@@ -1,0 +1,448 @@
+"""The networks against plain second constructions, and what load_weights takes and refuses."""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+
+from data import InputError
+from networks import BACKBONES, CNNS, build_network, load_weights
+
+
+def conv_bn_relu(inputs: int, outputs: int, kernel: int, rate: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, 1, rate * (kernel // 2), rate, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Published(nn.Module):
+    """DeepLabV3+ on ResNet-50 as Chen et al. draw it, on torchvision's own dilated backbone."""
+
+    def __init__(self, classes: int, stride: int) -> None:
+        super().__init__()
+        rates = {16: (6, 12, 18), 8: (12, 24, 36)}[stride]
+        dilated = [False, stride == 8, True]
+        self.net = models.resnet50(weights=None, replace_stride_with_dilation=dilated)
+        del self.net.fc
+        self.point = conv_bn_relu(2048, 256, 1)
+        self.atrous = nn.ModuleList(conv_bn_relu(2048, 256, 3, r) for r in rates)
+        self.whole = conv_bn_relu(2048, 256, 1)
+        self.project = conv_bn_relu(5 * 256, 256, 1)
+        self.low = conv_bn_relu(256, 48, 1)
+        self.refine1, self.refine2 = conv_bn_relu(304, 256, 3), conv_bn_relu(256, 256, 3)
+        self.last = nn.Conv2d(256, classes, 1)
+
+    def backbone(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        net = self.net
+        low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x)))))
+        return low, net.layer4(net.layer3(net.layer2(low)))
+
+    def decode(self, low: Tensor, deep: Tensor) -> Tensor:
+        mean = self.whole(deep.mean((2, 3), keepdim=True)).expand(-1, -1, *deep.shape[-2:])
+        deep = self.project(torch.cat([self.point(deep), *(b(deep) for b in self.atrous), mean], 1))
+        deep = F.interpolate(deep, low.shape[-2:], mode="bilinear", align_corners=True)
+        return self.refine2(self.refine1(torch.cat([deep, self.low(low)], 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.last(self.decode(*self.backbone(x)))
+        return F.interpolate(z, x.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def shuffled(net: nn.Module) -> nn.Module:
+    """Every parameter and running statistic away from its initial value."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, t in net.state_dict().items():
+            if t.is_floating_point() and t.dim() == 1:  # biases, batch norm
+                t.copy_(torch.rand_like(t) + (0.5 if "var" in name or "weight" in name else -0.5))
+    return net
+
+
+def assert_close(ours: Tensor, mine: Tensor) -> None:
+    """The same but for float32's rounding, relative to how much there is in it."""
+    assert mine.std() > 1e-3 * mine.abs().max()
+    assert (ours - mine).norm() < 1e-4 * mine.norm()
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+def test_deeplab_is_the_published_design(stride: int):
+    torch.manual_seed(0)
+    ours, plain = shuffled(build_network("resnet50", 21, stride)), Published(21, stride)
+    theirs = ours.state_dict()
+    assert [v.shape for v in theirs.values()] == [v.shape for v in plain.state_dict().values()]
+    plain.load_state_dict(dict(zip(plain.state_dict(), theirs.values(), strict=True)))
+    count = sum(p.numel() for p in plain.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == count
+    assert count == pytest.approx(40.35e6, rel=1e-3)
+
+    x = torch.randn(2, 3, 64, 96)
+    for training in (False, True):
+        ours.train(training)
+        plain.train(training)
+        with torch.no_grad():
+            z, f, deep = ours(x, features=True)
+            low, mine = plain.backbone(x)
+            assert_close(deep, mine)
+            assert deep.shape[-2:] == (64 // stride, 96 // stride)
+            assert_close(f, plain.decode(low, mine))
+            assert_close(z, plain(x))
+            assert_close(ours(x), z)
+
+    # maps larger than the rates: thin ones, so that it is quick
+    ours.eval()
+    plain.eval()
+    for h, w in ((2, 40), (40, 2)):
+        low, deep = torch.randn(1, 256, 4 * h, 4 * w), torch.randn(1, 2048, h, w)
+        with torch.no_grad():
+            assert_close(ours.decode([low, deep]), plain.decode(low, deep))
+
+
+def test_a_forward_has_no_randomness():
+    net = build_network("resnet18", 4).train()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(net(x), net(x))
+
+
+LAYERS = {"resnet18": "layer1", "resnet34": "layer1", "resnet50": "layer1", "mobilenet_v2": "3"}
+
+
+def stages(name: str) -> nn.Sequential:
+    """torchvision's network as it is, at stride 32, up to its last map."""
+    net = getattr(models, name)(weights=None)
+    if name == "mobilenet_v2":
+        return net.features[:18]
+    return nn.Sequential(*[s for n, s in net.named_children() if n not in ("avgpool", "fc")])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("stride", [16, 8])
+def test_dilation_keeps_what_the_backbone_computes(name: str, stride: int):
+    """A trous: at every second (fourth) place the dilated map is torchvision's stride-32 map."""
+    torch.manual_seed(0)
+    ours = shuffled(build_network(name, 2, stride)).backbone.double().eval()
+    theirs = stages(name)
+    theirs.load_state_dict(
+        dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)), strict=True
+    )
+    theirs.double().eval()
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        low, deep = ours(x)
+        mine = x
+        for k, stage in enumerate(theirs):
+            mine = stage(mine)
+            # layer1 follows conv, norm, relu and pooling; mobilenet's stages are numbered
+            if k == (3 if name == "mobilenet_v2" else 4):
+                torch.testing.assert_close(low, mine, rtol=1e-9, atol=1e-12)
+                assert low.shape[-2:] == (16, 24)
+        assert deep.shape[-2:] == (64 // stride, 96 // stride)
+        step = 32 // stride
+        torch.testing.assert_close(deep[:, :, ::step, ::step], mine, rtol=1e-9, atol=1e-12)
+        assert (low.shape[1], deep.shape[1]) == ours.channels
+        assert mine.std() > 0
+
+
+@pytest.mark.parametrize("name", [b for b in BACKBONES if b != "resnet101" and "vitb" not in b])
+def test_every_trained_parameter_is_the_backbones_or_the_heads(name: str):
+    net = build_network(name, 3)
+    groups = [*net.backbone.parameters(), *net.head_parameters()]
+    assert len({id(p) for p in groups}) == len(groups)
+    assert {id(p) for p in net.parameters()} == {id(p) for p in groups}
+    assert any(p is net.classifier.weight for p in net.head_parameters())
+
+
+# --------------------------------------------------------------------------------- DINOv2, DPT
+
+
+def published_shapes(width: int = 384) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of dinov2_vits14_pretrain.pth, as the note lists them."""
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1370, width), "mask_token": (1, width)}
+    shapes |= {"patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
+    for k in range(12):
+        block = {"ls1.gamma": (width,), "ls2.gamma": (width,)}
+        linear = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        linear |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+        for name, shape in linear.items():
+            block |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+        for name in ("norm1", "norm2"):
+            block |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+        shapes |= {f"blocks.{k}.{name}": shape for name, shape in block.items()}
+    return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
+
+
+@pytest.fixture(scope="module")
+def vits() -> nn.Module:
+    """ViT-S with DPT, no parameter at a trivial value; tests do not change it."""
+    torch.manual_seed(0)
+    net = build_network("dinov2_vits14", 21, decoder="dpt").eval()
+    with torch.no_grad():
+        for name, p in net.backbone.named_parameters():
+            if p.dim() == 1 or "token" in name:
+                p.add_(torch.randn_like(p) * 0.2)
+        net.backbone.pos_embed.normal_()
+    return net
+
+
+def test_dinov2_facts(vits: nn.Module):
+    state = vits.backbone.state_dict()
+    assert {k: tuple(v.shape) for k, v in state.items()} == published_shapes()
+    assert len(state) == 175
+    assert sum(v.numel() for v in state.values()) == 22_056_576
+    assert sum(p.numel() for p in vits.parameters()) == pytest.approx(24.8e6, abs=0.05e6)
+
+
+def test_vit_b_has_the_published_shapes():
+    with torch.device("meta"):
+        state = build_network("dinov2_vitb14", 21).backbone.state_dict()
+    assert {k: tuple(v.shape) for k, v in state.items()} == published_shapes(768)
+
+
+def cubic(table: np.ndarray, size: int) -> np.ndarray:
+    """Bicubic (a = -0.75) along the first axis to `size`, scale (size + 0.1) / 37, no antialias."""
+    rows, a = [], -0.75
+    for i in range(size):
+        at = (i + 0.5) * 37 / (size + 0.1) - 0.5
+        first, row = math.floor(at), 0.0
+        for tap in range(first - 1, first + 3):
+            d = abs(at - tap)
+            inner = (a + 2) * d**3 - (a + 3) * d**2 + 1
+            outer = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+            row = row + (inner if d <= 1 else outer) * table[min(max(tap, 0), 36)]
+        rows.append(row)
+    return np.stack(rows)
+
+
+def positions(pos_embed: Tensor, h: int, w: int) -> np.ndarray:
+    """[1 + h w, A]: the class part, then the resized table."""
+    table = pos_embed[0].double().numpy()
+    patches = cubic(table[1:].reshape(37, 37, -1), h).transpose(1, 0, 2)
+    patches = cubic(patches, w).transpose(1, 0, 2)
+    return np.concatenate([table[:1], patches.reshape(h * w, -1)])
+
+
+def test_position_table(vits: nn.Module):
+    dino = vits.backbone
+    assert torch.equal(dino.positions(37, 37), dino.pos_embed), "used as it is at 37 x 37"
+    for h, w in ((2, 3), (16, 5), (40, 37)):
+        found = dino.positions(h, w)[0].detach().numpy()
+        np.testing.assert_allclose(found, positions(dino.pos_embed.detach(), h, w), atol=2e-4)
+
+
+def norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * weight + bias
+
+
+def vit(state: dict[str, Tensor], image: np.ndarray, heads: int = 6) -> list[np.ndarray]:
+    """One image [3, H, W] to four maps [A, h, w], in numpy, head by head."""
+    s = {k: v.double().numpy() for k, v in state.items()}
+    h, w, width = image.shape[1] // 14, image.shape[2] // 14, s["cls_token"].shape[-1]
+    kernel, tokens = s["patch_embed.proj.weight"], [s["cls_token"][0, 0]]
+    for i in range(h):
+        for j in range(w):
+            patch = image[:, 14 * i : 14 * i + 14, 14 * j : 14 * j + 14]
+            tokens.append((kernel * patch).sum((1, 2, 3)) + s["patch_embed.proj.bias"])
+    x, maps, d = np.stack(tokens) + positions(state["pos_embed"], h, w), [], width // heads
+    for k in range(12):
+        b = {n.removeprefix(f"blocks.{k}."): v for n, v in s.items() if f"blocks.{k}." in n}
+        y = norm(x, b["norm1.weight"], b["norm1.bias"])
+        qkv = y @ b["attn.qkv.weight"].T + b["attn.qkv.bias"]
+        out = []
+        for n in range(heads):
+            q, key, v = (qkv[:, m * width + n * d : m * width + (n + 1) * d] for m in range(3))
+            e = np.exp(q @ key.T / math.sqrt(d))
+            out.append(e / e.sum(1, keepdims=True) @ v)
+        y = np.concatenate(out, 1) @ b["attn.proj.weight"].T + b["attn.proj.bias"]
+        x = x + b["ls1.gamma"] * y
+        y = norm(x, b["norm2.weight"], b["norm2.bias"])
+        y = y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]
+        y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+        x = x + b["ls2.gamma"] * (y @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"])
+        if k in (2, 5, 8, 11):
+            maps.append(norm(x, s["norm.weight"], s["norm.bias"])[1:].T.reshape(width, h, w))
+    return maps
+
+
+def test_dinov2_forward(vits: nn.Module):
+    torch.manual_seed(2)
+    x = torch.randn(2, 3, 28, 42)
+    with torch.no_grad():
+        found = vits.backbone(x)
+    for b in range(2):
+        mine = vit(vits.backbone.state_dict(), x[b].double().numpy())
+        for ours, theirs in zip(found, mine, strict=True):
+            assert np.abs(theirs).max() > 1
+            np.testing.assert_allclose(ours[b].numpy(), theirs, rtol=1e-3, atol=1e-3)
+
+
+def dpt(d: nn.Module, maps: list[Tensor]) -> Tensor:
+    """The note's DPT decoder step by step, on the parameters of d."""
+
+    def unit(p: nn.Module, x: Tensor) -> Tensor:
+        y = F.conv2d(F.relu(x), p.conv1.weight, p.conv1.bias, padding=1)
+        return x + F.conv2d(F.relu(y), p.conv2.weight, p.conv2.bias, padding=1)
+
+    layers = []
+    for k, m in enumerate(maps):
+        y, r = F.conv2d(m, d.project[k].weight, d.project[k].bias), d.resize[k]
+        if k < 2:
+            y = F.conv_transpose2d(y, r.weight, r.bias, stride=(4, 2)[k])
+        elif k == 3:
+            y = F.conv2d(y, r.weight, r.bias, stride=2, padding=1)
+        layers.append(F.conv2d(y, d.reduce[k].weight, None, padding=1))
+    x = 0
+    for k in (3, 2, 1, 0):  # from the deepest; that one has nothing to fuse with
+        fuse = d.fuse[k]
+        x = layers[3] if k == 3 else x + unit(fuse.skip, layers[k])
+        x = F.interpolate(unit(fuse.refine, x), scale_factor=2, mode="bilinear", align_corners=True)
+        x = F.conv2d(x, fuse.out.weight, fuse.out.bias)
+    return F.relu(F.conv2d(x, d.head[0].weight, d.head[0].bias, padding=1))
+
+
+def test_dpt_decoder(vits: nn.Module):
+    torch.manual_seed(3)
+    maps = [torch.randn(2, 384, 4, 6) for _ in range(4)]
+    channels = [p.out_channels for p in vits.decode.project]
+    assert channels == [48, 96, 192, 384]
+    with torch.no_grad():
+        found, mine = vits.decode(maps), dpt(vits.decode, maps)
+        torch.testing.assert_close(found, mine, rtol=1e-4, atol=1e-5)
+        assert found.shape == (2, 64, 32, 48)
+        x = torch.randn(1, 3, 56, 84)
+        z = vits.classifier(dpt(vits.decode, vits.backbone(x)))
+        z = F.interpolate(z, (56, 84), mode="bilinear", align_corners=True)
+        torch.testing.assert_close(vits(x), z, rtol=1e-4, atol=1e-5)
+
+
+def test_dpt_needs_dinov2():
+    with pytest.raises(InputError, match="resnet18"):
+        build_network("resnet18", 4, decoder="dpt")
+
+
+# ------------------------------------------------------------------------------------ weights
+
+
+def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    return {k: torch.randn(s) for k, s in shapes.items()}
+
+
+@pytest.fixture
+def save(tmp_path: Path):
+    """Writes a checkpoint for one test."""
+    path = tmp_path / "weights.pth"
+    yield lambda state: (torch.save(state, path), str(path))[1]
+    path.unlink()  # some 100 MB
+
+
+def test_a_published_dinov2_file_loads_with_every_key(save):
+    state = random_state(published_shapes())
+    net = build_network("dinov2_vits14", 4)
+    head = copy.deepcopy(net.classifier.weight)
+    line = load_weights(net, "dinov2_vits14", save(state))
+    assert "175 keys matched, 0 missing, 0 unexpected" in line
+    for name, value in net.backbone.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert torch.equal(net.classifier.weight, head)
+
+
+def test_a_dinov2_file_without_a_block_is_refused(save):
+    state = random_state(published_shapes())
+    state = {k: v for k, v in state.items() if not k.startswith("blocks.7.")}
+    net = build_network("dinov2_vits14", 4)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(InputError, match=r"161 keys matched, 14 missing.*blocks\.7\."):
+        load_weights(net, "dinov2_vits14", save(state))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def other_weights(name: str) -> dict[str, Tensor]:
+    """torchvision's state dict of a network with its classifier."""
+    torch.manual_seed(6)
+    return shuffled(getattr(models, name)(weights=None)).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrap"),
+    [("", None), ("module.", "state_dict"), ("backbone.", "model"), ("module.backbone.", "net")],
+)
+def test_prefixes_and_wraps_are_looked_through(prefix: str, wrap: str | None, save):
+    state, net = other_weights("resnet18"), build_network("resnet18", 4)
+    named = {prefix + k: v for k, v in state.items()}
+    file = save({wrap: named, "epoch": 3} if wrap else named)
+    line = load_weights(net, "resnet18", file)
+    own = net.backbone.state_dict()
+    assert f"{len(own)} keys matched, 0 missing, 2 unexpected" in line, "fc has two keys"
+    for name, value in own.items():
+        assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("prefix", ["features.", "module.features.", ""])
+def test_mobilenet_features(prefix: str, save):
+    state, net = other_weights("mobilenet_v2"), build_network("mobilenet_v2", 4)
+    features = {k.removeprefix("features."): v for k, v in state.items() if "features." in k}
+    named = {prefix + k: v for k, v in features.items()}
+    named |= {k: v for k, v in state.items() if "classifier" in k and prefix}
+    assert "0 missing" in load_weights(net, "mobilenet_v2", save(named))
+    for name, value in net.backbone.state_dict().items():
+        assert torch.equal(value, features[name]), name
+
+
+def deep_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Three 3x3 convolutions instead of the 7x7 one, as in mmseg's ResNetV1c."""
+    state = {k: v for k, v in state.items() if k.split(".")[0] not in ("conv1", "bn1")}
+    for k, (a, b) in enumerate(((3, 32), (32, 32), (32, 64))):
+        state[f"stem.{3 * k}.weight"] = torch.randn(b, a, 3, 3)
+    return state
+
+
+REFUSED = {
+    "deep stem": ("resnet50", lambda: deep_stem(other_weights("resnet50"))),
+    "deep stem under the old name": (
+        "resnet18",
+        lambda: other_weights("resnet18") | {"conv1.weight": torch.randn(64, 64, 3, 3)},
+    ),
+    "a smaller network": ("resnet34", lambda: other_weights("resnet18")),
+    "other blocks": ("resnet18", lambda: other_weights("resnet50")),
+    "another kind": ("mobilenet_v2", lambda: other_weights("resnet18")),
+    "a classifier alone": ("resnet18", lambda: {"fc.weight": torch.randn(1000, 512)}),
+    "no tensors": ("resnet18", lambda: dict.fromkeys(other_weights("resnet18"), 0)),
+    "nothing": ("resnet18", dict),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_another_architectures_file_is_refused(case: str, save):
+    name, state = REFUSED[case]
+    net = build_network(name, 4)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(InputError, match="missing") as e:
+        load_weights(net, name, save(state()))
+    assert "\n" not in str(e.value)
+    assert name in str(e.value)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.xfail(strict=True, reason="keys that the backbone has not are only counted")
+def test_a_larger_networks_file_is_refused(save):
+    """ResNet-34 holds every key of ResNet-18, and has the same shapes there."""
+    with pytest.raises(InputError):
+        load_weights(build_network("resnet18", 4), "resnet18", save(other_weights("resnet34")))
+
+
+def test_no_weights_change_nothing():
+    net = build_network("resnet18", 4)
+    before = copy.deepcopy(net.state_dict())
+    assert "random" in load_weights(net, "resnet18", "none")
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_backbones_are_named_in_full():
+    assert set(CNNS) == {"resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"}
+    assert set(BACKBONES) - set(CNNS) == {"dinov2_vits14", "dinov2_vitb14"}
