@@ -268,11 +268,12 @@ def _slide(net: Segmenter, image: Tensor, crop: int) -> Tensor:
         [min(i * stride, n - crop) for i in range(math.ceil((n - crop) / stride) + 1)]
         for n in image.shape[-2:]
     )
-    total = 0
+    total = None
     for top, left in itertools.product(tops, lefts):
-        p = net(image[:, :, top : top + crop, left : left + crop]).softmax(1)
-        h, w = image.shape[-2:]
-        total = total + F.pad(p, (left, w - left - crop, top, h - top - crop))
+        rows, columns = slice(top, top + crop), slice(left, left + crop)
+        p = net(image[:, :, rows, columns]).softmax(1)
+        total = p.new_zeros(*p.shape[:2], *image.shape[-2:]) if total is None else total
+        total[:, :, rows, columns] += p
     return total[:, :, :height, :width]
 
 
@@ -455,7 +456,8 @@ class Run:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net = net.to(self.device, memory_format=torch.channels_last)
         if self.args.compile:
-            net.compile()
+            for part in net.children():  # not the whole: MKD calls `parts`, the others forward
+                part.compile()
         return net
 
     def distribute(self, net: nn.Module) -> nn.Module:
@@ -470,8 +472,10 @@ class Run:
         """SGD with momentum 0.9 or AdamW over the script's parameter groups."""
         groups = [g | {"initial_lr": g["lr"]} for g in groups]
         if self.args.optimizer == "adamw":
-            return torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
-        return torch.optim.SGD(groups, momentum=0.9, weight_decay=self.args.weight_decay)
+            return torch.optim.AdamW(groups, weight_decay=self.args.weight_decay, fused=True)
+        return torch.optim.SGD(
+            groups, momentum=0.9, weight_decay=self.args.weight_decay, fused=True
+        )
 
     def supervised(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """The loss of --labeled-only: L = CE(model(x), y), or OHEM."""

@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         net = build_network(args.backbone, classes, args.output_stride, args.decoder)
         run.say(load_weights(net, args.backbone, args.weights))
         students.append(run.place(net))
-    teachers = [copy.deepcopy(net).requires_grad_(False) for net in students]
+    teachers = [run.place(copy.deepcopy(net).requires_grad_(False)) for net in students]
     width = students[0].classifier.in_channels
     stats = nn.ModuleList(ClassStatistics(classes, width) for _ in range(4)).to(run.device)
     model = run.distribute(students[0] if args.labeled_only else Students(*students))

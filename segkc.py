@@ -114,7 +114,6 @@ def segkc_step(
 ) -> dict[str, Tensor]:
     """The losses of a step, "loss" the total. `model` is the Pair, in DDP if there are ranks."""
     x, y, u = data.normalize(batch["x"]), batch["y"], data.normalize(batch["u"])
-    n_x = len(x)
     u1 = data.normalize(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
     box = data.rect_mask(batch["box"][0], *u.shape[-2:])
 
@@ -133,7 +132,7 @@ def segkc_step(
     # Forward with gradient on cat(x, u_mix) (step 3)
     with run.autocast():
         (z_s, f_s, g_s), (z_j, f_j, g_j) = model(torch.cat([x, u_mix]))
-    z_s_x, z_s_u, z_j_x, z_j_u = z_s[:n_x], z_s[n_x:], z_j[:n_x], z_j[n_x:]
+    (z_s_x, z_s_u), (z_j_x, z_j_u) = z_s.split(len(x)), z_j.split(len(x))
 
     # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
     loss_sup = 0.5 * sum(common.supervised_loss(z, y, args.sup_loss) for z in (z_s_x, z_j_x))

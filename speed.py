@@ -189,7 +189,7 @@ def speed_step(
     # One forward with gradient (step 6): z_x, z_m, f_m
     with run.autocast():
         z, f, _ = model(torch.cat([x, m]), features=True)
-    z_x, z_m, f_m = z[: len(x)], z[len(x) :], f[len(x) :]
+    (z_x, z_m), f_m = z.split(len(x)), f[len(x) :]
 
     # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)
     loss_x = common.supervised_loss(z_x, y, args.sup_loss)
