@@ -370,15 +370,16 @@ def load_weights(net: Segmenter, name: str, weights: str) -> str:
     own = net.backbone.state_dict()
     same = {k: v for k, v in state.items() if k in own and getattr(v, "shape", 0) == own[k].shape}
     missing = [k for k in own if k not in same and not k.endswith("num_batches_tracked")]
-    others = sum(k not in own for k in state)
+    others = [k for k in state if k not in own]
     line = f"{name}: weights {weights}: {len(same)} keys matched, {len(missing)} missing"
-    line += f", {others} unexpected"
-    if missing:
-        k = missing[0]
-        was = f"of shape {tuple(state[k].shape)}" if hasattr(state.get(k), "shape") else "missing"
-        raise InputError(
-            f"{line}; {k} {tuple(own[k].shape)} is {was}: another architecture; give one of {name}"
-        )
+    line += f", {len(others)} unexpected"
+    stages = {key.split(".")[0] for key in own}
+    wrong = missing + [k for k in others if k.split(".")[0] in stages]  # not a classifier's
+    if wrong:
+        k = wrong[0]
+        shapes = [tuple(getattr(v[k], "shape", ())) for v in (state, own) if k in v]
+        what = f"has shapes {shapes}" if len(shapes) == 2 else f"is only in one of them, {shapes}"
+        raise InputError(f"{line}; {k} {what}: another architecture; give a file of {name}")
     net.backbone.load_state_dict(same, strict=False)
     return line
 

@@ -273,9 +273,6 @@ def test_relation_loss(case: str, h: int, w: int):
         assert mine > 0.01
 
 
-@pytest.mark.xfail(
-    strict=True, reason="cells of valid_m are H / n pixels, those of the features always 16"
-)
 def test_relation_loss_where_16_does_not_divide_the_crop():
     """Crop 72: f has 18 cells a side, S has 5 positions, the last of 8 pixels, not of 14.4."""
     valid = torch.ones(1, 72, 72, dtype=torch.bool)
