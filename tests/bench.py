@@ -329,7 +329,7 @@ def make_items(folder: Path, n: int, sizes: list[tuple[int, int]], own: Path | N
 
 
 def watch(owner: object, name: str, key: str, spent: dict[str, float]) -> None:
-    """From now on CPU seconds within owner.name go to spent[key], but those of watched calls inside."""
+    """CPU seconds within owner.name go to spent[key], but those of watched calls inside."""
     inner = getattr(owner, name)
 
     def outer(*args: object, **more: object) -> object:
@@ -371,9 +371,7 @@ def bench_data(opts: argparse.Namespace, folder: Path) -> None:
             goal = f" (≥ {target})" if target and kind == "unlabelled" else ""
             ms = (f"{v:.2f}" for v in t)
             row(f"{name}, {kb:.0f} KB", crop, kind, f"{1e3 / t[0]:.1f}{goal}", *ms)
-    print(
-        "\ntime of the core, files cached; unlabelled: batches of both less batches of labelled images alone"
-    )
+    print("\ntime of the core, files cached; unlabelled: batches of both less of labelled alone")
     for crop in [s[2] for s in sets]:
         batch = make_batch(start("speed", argparse.Namespace(**vars(opts) | {"crop_size": crop})))
 

@@ -9,8 +9,10 @@ import os
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve()
@@ -76,14 +79,18 @@ def flags(script: str, root: Path, out: Path, more: str = "") -> list[str]:
     """A tiny run on a `folder` data set; its train lines and checkpoints fall on other steps."""
     line = f"--dataset folder --root {root} --split full --crop-size 32 --batch-size 4 --workers 0 "
     line += "--backbone resnet18 --weights none --iters 11 --log-every 3 --save-every 2 "
-    line += f"--eval-every 4 --threshold 0.4 --ramp 0.5 --lr 0.01 --out {out} {more}"
-    return line.split() + ["--senior", "resnet18"] * (script == "segkc")
+    line += "--eval-every 4 --threshold 0.4 --ramp 0.5 --lr 0.01 "
+    line += "--senior resnet18 " * (script == "segkc")
+    return f"{line} --out {out} {more}".split()
 
 
 # ---------------------------------------------------------------------- processes that are killed
 
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["procs"])  # torch is imported once, runs start at once
+# imported once for all runs; modules of ours are not on the fork server's path yet
+_FORK.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torchvision.models.segmentation", "pytest"]
+)
 
 
 def start(
@@ -115,6 +122,27 @@ def _child(script: str, argv: list[str], log: Path, tiny: bool, first: Callable 
     if tiny or first is not None:
         common.launch(SCRIPTS[script].main)
     runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+
+
+def on_ranks(world: int, fn: Callable, *args: object) -> list:
+    """What fn(*args) returns on each rank of a gloo group; `fn` at the top level of a module."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            _FORK.Process(target=_rank, args=(r, world, folder, fn, args)) for r in range(world)
+        ]
+        for p in ranks:
+            p.start()
+        assert [finish(p) for p in ranks] == [0] * world
+        return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]
+
+
+def _rank(rank: int, world: int, folder: str, fn: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=world)
+    torch.save(fn(*args), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def finish(p: BaseProcess) -> int:
@@ -153,21 +181,17 @@ def wait_for_step(out: Path, step: int, p: BaseProcess | subprocess.Popen) -> No
 
 
 def kill_and_go_on(
-    script: str,
-    argv: list[str],
-    out: Path,
-    kills: int,
-    times: tuple[float, float],
-    r: random.Random,
+    script: str, argv: list[str], text: Path, kills: int, times: tuple, r: random.Random
 ) -> int:
     """Starts the same command until it finishes; SIGKILLs it up to `kills` times on the way.
 
-    Moments are random: one in five while the run starts, others up to 1.5 shares of the run later.
-    Returns the number of kills.
+    `times` are seconds until a run has started, and from there to its end. Moments are random: one
+    in five while it starts, others up to 1.5 shares of it later. `text` gets the output. Returns
+    the number of kills.
     """
     begin, work = times
     for killed in range(kills):
-        p = start(script, argv, out.with_suffix(".txt"), tiny=False)
+        p = start(script, argv, text, tiny=False)
         later = begin + r.uniform(0, 1.5) * work / kills
         p.join(r.uniform(0, begin) if r.random() < 0.2 else later)
         if p.exitcode is not None:
@@ -175,7 +199,7 @@ def kill_and_go_on(
             return killed
         p.kill()
         assert finish(p) == -signal.SIGKILL
-    assert finish(start(script, argv, out.with_suffix(".txt"), tiny=False)) == 0
+    assert finish(start(script, argv, text, tiny=False)) == 0
     return kills
 
 
@@ -236,6 +260,13 @@ def torchrun(argv: list[str], options: str = "--nproc_per_node=2", **env: str) -
         text=True,
         start_new_session=True,
     )
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def output(p: subprocess.Popen, seconds: float = TIMEOUT) -> str:

@@ -1,4 +1,4 @@
-"""Oracles of mkd.py, written a second time from the note; its first two steps recomputed."""
+"""Oracles of mkd.py, written a second time from the note; its first steps recomputed."""
 
 import copy
 import math
@@ -16,6 +16,7 @@ from helpers import (
     find_seed,
     look,
     nearest,
+    network,
     run_main,
     run_ranks,
     sgd,
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 
 import data
 import mkd
-from networks import build_network
 
 F64 = dict(rtol=1e-10, atol=1e-13)
 
@@ -41,6 +41,13 @@ def drawn_labels(*shape: int, classes: int, seed: int = 0, ignored: float = 0.2)
     y = r.integers(0, classes, shape)
     y[r.random(shape) < ignored] = 255
     return torch.from_numpy(y)
+
+
+def test_the_flags_default_to_the_released_values():
+    args = mkd.parse_args(["--dataset", "pascal"])
+    assert (args.ema, args.lambda_st, args.lambda_ss, args.lambda0) == (0.6, 1.5, 1.0, 1.5)
+    assert (args.fa, args.threshold, args.keep_padding) == ("all", 0.0, False)
+    assert not args.ramp
 
 
 # ------------------------------------------------------------------------------------- teachers
@@ -418,12 +425,11 @@ def test_student_targets_are_hard_detached_and_the_other_students():
         torch.testing.assert_close(g, mine.detach(), **F64)
 
 
-# ------------------------------------------------------------------------ two steps recomputed
+# ---------------------------------------------------------------------- first steps recomputed
 
 VARIANTS = {
-    "defaults": "",
-    "other flags": "--threshold {tau} --ema 0.3 --lambda-st 0.7 --lambda-ss 2 --lambda0 3 "
-    "--fa students --keep-padding",
+    "all flags": "--threshold {tau} --ema 0.3 --lambda-st 0.7 --lambda-ss 2 --lambda0 3",
+    "students only, padding kept": "--fa students --keep-padding --iters 1",
     "no augmentation": "--fa none --ramp 1",
 }
 
@@ -433,10 +439,10 @@ def half(z: Tensor) -> Tensor:
     return (z[..., ::2, ::2] + z[..., 1::2, ::2] + z[..., ::2, 1::2] + z[..., 1::2, 1::2]) / 4
 
 
-def two_steps(
+def first_steps(
     args: object, batches: list[dict], students: list, teachers: list
 ) -> tuple[list[dict[str, float]], list[list], float]:
-    """The note's one step, twice, with the statistics from lists of all pixels. B = 2.
+    """The note's one step, a few times, with the statistics from lists of all pixels. B = 2.
 
     Trains the networks; returns the terms of each step, what each network has seen as pixels and
     labels, and a threshold that about half of the teachers' pixels reach at step 0.
@@ -505,37 +511,59 @@ def two_steps(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
+def test_first_steps_recomputed(variant: str, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHAPES_VAL", 2)
     flags = VARIANTS[variant]
     args = mkd.parse_args([*TINY, *flags.format(tau=1).split()])
     batches = find_seed(args, boxes=False)
     args.threshold = None if "{tau}" in flags else args.threshold
     torch.manual_seed(args.seed)
-    students = [build_network(args.backbone, 6, args.output_stride) for _ in range(2)]
+    students = [network(args.backbone) for _ in range(2)]
     teachers = [copy.deepcopy(s).requires_grad_(False) for s in students]
     nets = dict(zip(("student1", "student2", "teacher1", "teacher2"), students + teachers))  # noqa: B905
     begin = {n: copy.deepcopy(net.state_dict()) for n, net in nets.items()}
-    mine, seen, tau = two_steps(args, batches, students, teachers)
+    mine, seen, tau = first_steps(args, batches, students, teachers)
 
     argv = [*TINY, "--seed", str(args.seed), *flags.format(tau=tau).split()]
     lines, latest, best = run_main(mkd, argv, tmp_path)
     if "{tau}" in flags:
         assert 0.1 < lines[0]["confident"] < 0.9
-    for step, tolerance in ((0, 1e-4), (1, 0.03)):
-        for name, value in mine[step].items():
+    for step, terms in enumerate(mine):
+        for name, value in terms.items():
+            tolerance = (2e-5, 0.01)[step]  # an update magnifies rounding
             assert lines[step][name] == pytest.approx(value, rel=tolerance), (step, name)
     for name, net in nets.items():
-        assert_same_update(begin[name], net.state_dict(), latest[name], 2e-2)
+        assert_same_update(begin[name], net.state_dict(), latest[name])
     for k, pixels in enumerate(seen):
         x = [all_pixels(pixels, c) if pixels else np.zeros((0, 256)) for c in range(6)]
         var = np.stack([len(a) * a.var(0) if len(a) else np.zeros(256) for a in x])
         count, found = (latest["stats"][f"{k}.{name}"].numpy() for name in ("count", "var"))
         assert count.sum() == sum(map(len, x))
         apart = np.linalg.norm(count[:, None] * found - var)
-        assert apart <= 0.03 * np.linalg.norm(var)
+        assert apart <= 0.05 * np.linalg.norm(var)
     assert best["net"].keys() == begin["student1"].keys()
     assert torch.equal(best["net"]["classifier.weight"], latest["student1"]["classifier.weight"])
+
+
+def test_each_network_is_augmented_by_its_own_weight_and_statistics(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_VAL", 2)
+    original, calls = mkd.augment_network, []
+
+    def record(net: nn.Module, stats: nn.Module, z: Tensor, f: Tensor, known: tuple) -> Tensor:
+        # mixing commutes with a 1x1 convolution: only the network's own weight makes z from f
+        with torch.no_grad():
+            calls.append((net, stats, (net.classifier(f) - z).abs().max().item()))
+        return original(net, stats, z, f, known)
+
+    monkeypatch.setattr(mkd, "augment_network", record)
+    run_main(mkd, [*TINY, "--lr", "0.1"], tmp_path)
+    first, second = calls[:4], calls[4:]
+    assert len({id(net) for net, *_ in first}) == len({id(stats) for _, stats, _ in first}) == 4
+    assert [c[:2] for c in second] == [c[:2] for c in first]
+    assert all(apart < 1e-3 for *_, apart in calls), [c[2] for c in calls]
+    weights = [net.classifier.weight.detach() for net, *_ in first]
+    apart = [(a - b).abs().max().item() for k, a in enumerate(weights) for b in weights[:k]]
+    assert min(apart) > 1e-2, "networks too close for this to tell"
 
 
 def test_labeled_only_trains_student_1(tmp_path, monkeypatch):
@@ -543,7 +571,7 @@ def test_labeled_only_trains_student_1(tmp_path, monkeypatch):
     argv = [*TINY, "--labeled-only", "--iters", "1"]
     args = mkd.parse_args(argv)
     torch.manual_seed(args.seed)
-    net = build_network(args.backbone, 6)
+    net = network(args.backbone)
     begin, batch = copy.deepcopy(net.state_dict()), batches_of(args)[0]
     loss = supervised(look(net, standardized(batch["x"]))["z"], batch["y"])
     loss.backward()
@@ -551,4 +579,4 @@ def test_labeled_only_trains_student_1(tmp_path, monkeypatch):
     sgd(args, [(backbone, 1), (head, args.head_lr_mult)], 0, None)
     lines, latest, _ = run_main(mkd, argv, tmp_path)
     assert lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert_same_update(begin, net.state_dict(), latest["student1"], 1e-2)
+    assert_same_update(begin, net.state_dict(), latest["student1"])

@@ -18,6 +18,7 @@ from helpers import (
     kl_sum,
     look,
     nearest,
+    network,
     pasted,
     run_main,
     sgd,
@@ -51,6 +52,16 @@ def some(case: str, *shape: int) -> Tensor:
 
 
 VALID = ("all", "part", "one pixel", "none")
+
+
+def test_the_flags_default_to_the_notes_values():
+    args = segkc.parse_args(["--dataset", "pascal"])
+    assert (args.lambda_cps, args.lambda_feat, args.lambda_kd) == (1.0, 0.5, 0.5)
+    assert (args.consult, args.temperature, args.threshold) == ("both", 1.0, 0.95)
+    assert (args.senior, args.backbone) == ("resnet101", "resnet50")
+    assert not args.ramp
+    assert segkc.parse_args(["--junior", "resnet34"]).backbone == "resnet34"
+
 
 # ------------------------------------------------------------------------------------- CutMix
 
@@ -388,8 +399,8 @@ def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
     args = segkc.parse_args(argv)
     args.threshold, batches = None, find_seed(args)
     torch.manual_seed(args.seed)
-    junior, senior = (build_network(name, 6) for name in ("resnet18", other))
-    to_j, to_s = nn.Conv2d(512, 512, 1), nn.Conv2d(512, 512, 1)
+    junior, senior = (network(name) for name in ("resnet18", other))
+    to_j, to_s = (nn.Conv2d(512, 512, 1).to(memory_format=torch.channels_last) for _ in range(2))
     nets = {"senior": senior, "junior": junior, "project_s": to_j, "project_j": to_s}
     begin = {n: copy.deepcopy(net.state_dict()) for n, net in nets.items()}
     mine = two_steps(args, batches, senior, junior, to_j, to_s)
@@ -398,13 +409,13 @@ def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
     lines, latest, best = run_main(segkc, argv, tmp_path)
     confident = sorted(lines[0][f"confident_{name}"] for name in ("senior", "junior"))
     assert 0.1 < confident[0] < 0.9, "tau decides nothing"
-    for step, tolerance in ((0, 1e-4), (1, 0.03)):
+    for step, tolerance in ((0, 2e-5), (1, 0.01)):
         for name, value in mine[step].items():
             assert lines[step][name] == pytest.approx(value, rel=tolerance), (step, name)
     for name, net in nets.items():
         found = latest["pair"].items()
         found = {k.removeprefix(f"{name}."): v for k, v in found if k.startswith(f"{name}.")}
-        assert_same_update(begin[name], net.state_dict(), found, 2e-2)
+        assert_same_update(begin[name], net.state_dict(), found)
 
     # best.pt is the junior, with no trace of the senior, and loads as a network of its own
     assert best["config"]["backbone"] == "resnet18"
@@ -422,7 +433,7 @@ def test_labeled_only_trains_the_junior(tmp_path, monkeypatch):
     argv = [*TINY, "--labeled-only", "--iters", "1"]
     args = segkc.parse_args(argv)
     torch.manual_seed(args.seed)
-    net = build_network(args.backbone, 6)
+    net = network(args.backbone)
     begin, batch = copy.deepcopy(net.state_dict()), batches_of(args)[0]
     loss = supervised(look(net, standardized(batch["x"]))["z"], batch["y"])
     loss.backward()
@@ -430,4 +441,4 @@ def test_labeled_only_trains_the_junior(tmp_path, monkeypatch):
     sgd(args, [(backbone, 1), (head, args.head_lr_mult)], 0, None)
     lines, latest, best = run_main(segkc, argv, tmp_path)
     assert lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert_same_update(begin, net.state_dict(), best["net"], 1e-2)
+    assert_same_update(begin, net.state_dict(), best["net"])
