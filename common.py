@@ -472,10 +472,8 @@ class Run:
         """SGD with momentum 0.9 or AdamW over the script's parameter groups."""
         groups = [g | {"initial_lr": g["lr"]} for g in groups]
         if self.args.optimizer == "adamw":
-            return torch.optim.AdamW(groups, weight_decay=self.args.weight_decay, fused=True)
-        return torch.optim.SGD(
-            groups, momentum=0.9, weight_decay=self.args.weight_decay, fused=True
-        )
+            return torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
+        return torch.optim.SGD(groups, momentum=0.9, weight_decay=self.args.weight_decay)
 
     def supervised(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """The loss of --labeled-only: L = CE(model(x), y), or OHEM."""
@@ -516,9 +514,10 @@ class Run:
         Goes on from latest.pt in --out if its flags and lists agree with this run's.
         """
         self.state |= state
-        args, out, saved = self.args, self.args.out, None
+        args, out, step, log_bytes = self.args, self.args.out, 0, 0
         found = [out / n for n in ("latest.pt", "latest.prev.pt") if (out / n).exists()]
-        if found and not args.overwrite:
+        goes_on = bool(found) and not args.overwrite
+        if goes_on:
             if args.resume == "none":
                 raise InputError(f"{out}: holds a run; give another --out, or --overwrite")
             saved = self._load(found)
@@ -526,19 +525,19 @@ class Run:
                 for name, value in self.state.items():
                     value.load_state_dict(saved[name])
                 self.names, self.rows = saved["names"], [r.to(self.device) for r in saved["rows"]]
-                self.best, self.best_step, self.last = saved["best"]
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+                self.best, self.best_step, self.last = map(float, saved["best"])
+                self.best_step = int(self.best_step)
+                step, log_bytes = int(saved["step"]), int(saved["log_bytes"])
+            except Exception as e:  # noqa: BLE001 - any, on values that only look like a checkpoint
                 reason = str(e).splitlines()[0][:120]
                 raise InputError(
                     f"{found[0]}: not of this script ({reason}); give another --out or --overwrite"
                 ) from None
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 may now overwrite
-        step = self.since = saved["step"] if saved else 0
+        self.since = step
         if self.rank == 0:
-            self._open_log(saved["log_bytes"] if saved else 0)
-            for path in () if saved else (*found, out / "best.pt"):
-                path.unlink(missing_ok=True)
+            self._open_log(log_bytes, old=() if goes_on else (*found, out / "best.pt"))
             quiet = not sys.stderr.isatty()
             self.bar = tqdm(total=args.iters, initial=step, disable=quiet, unit="step")
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -572,11 +571,13 @@ class Run:
         self.say(f"going on from {path}, step {saved['step']}")
         return saved
 
-    def _open_log(self, size: int) -> None:
-        """args.json and log.jsonl, cut to `size` bytes: the lines after it are written again."""
+    def _open_log(self, size: int, old: Iterable[Path]) -> None:
+        """Makes the folder, without `old`, and opens log.jsonl at byte `size`."""
         out = self.args.out
         try:
             (out / "preview").mkdir(parents=True, exist_ok=True)
+            for path in old:  # before the log, so that none goes on from a checkpoint without it
+                path.unlink(missing_ok=True)
             flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
             (out / "args.json").write_text(json.dumps(flags, indent=1) + "\n")
             self.file = open(out / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
@@ -616,8 +617,14 @@ class Run:
             self._close()
             raise SystemExit(128 + stop)
 
-    def _check(self, done: int) -> None:
-        """Averages the pending terms over ranks; one that is not finite ends the run, unsaved."""
+    def _check(self, done: int, nets: Iterable[nn.Module] = ()) -> None:
+        """Averages the pending terms over ranks; a term or weight not finite ends the run."""
+        for t in (t for net in nets for t in net.state_dict().values() if t.is_floating_point()):
+            if not t.isfinite().all():
+                raise RunError(
+                    f"step {done}: a weight is not finite; the last good checkpoint in "
+                    f"{self.args.out} stays; try a lower --lr or --amp off"
+                )
         if not self.rows:
             return
         rows = rank_mean(torch.stack(self.rows))
@@ -661,7 +668,7 @@ class Run:
 
     def _eval_line(self, done: int, nets: dict[str, Segmenter]) -> None:
         begin, line = time.perf_counter(), {"step": done}
-        self._check(done)
+        self._check(done, nets.values())
         first, classes = next(iter(nets.values())), list(self.split.classes)
         matrices = evaluate(nets, self.split, self.args, self.device)
         results = {name: iou_of(m) for name, m in matrices.items()}
@@ -695,11 +702,15 @@ class Run:
         net.train()
         width = max(row.shape[1] for row in rows)
         rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
-        Image.fromarray(np.concatenate(rows)).save(self.args.out / f"preview/{done:06d}.png")
+        path = self.args.out / f"preview/{done:06d}.png"
+        try:
+            Image.fromarray(np.concatenate(rows)).save(path)
+        except OSError as e:
+            raise RunError(f"{path}: cannot be written ({e.strerror}); free space") from None
 
     def _save(self, done: int) -> None:
         """latest.pt with all state; the one before it stays as latest.prev.pt."""
-        self._check(done)
+        self._check(done, [v for v in self.state.values() if isinstance(v, nn.Module)])
         if self.rank:
             return
         state = {name: value.state_dict() for name, value in self.state.items()}

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the backbones expect
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")  # PIL would run PostScript, too
 FILL = (124, 116, 104)  # padding is the mean colour: zero after normalisation, like a convolution's
 
 VOC_CLASSES = (
@@ -304,7 +305,7 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _open(path: Path, what: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
@@ -771,7 +772,7 @@ def _size(item: Item) -> tuple[int, int]:
     if isinstance(item.image, int):
         return SHAPES_SIZE, SHAPES_SIZE
     try:
-        with Image.open(item.image) as image:  # reads the header alone
+        with Image.open(item.image, formats=FORMATS) as image:  # reads the header alone
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"{item.image}: no readable image ({e}); replace or remove it") from None
