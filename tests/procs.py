@@ -278,19 +278,14 @@ def output(p: subprocess.Popen, seconds: float = TIMEOUT) -> str:
         raise AssertionError(f"still running after {seconds} s: {p.communicate()[0]}") from None
 
 
-def _die() -> None:
-    """DIE=rank:step:how,... in the environment: after that step of its life a rank is gone.
-
-    The first is of the first life, the second of the life after one restart, and so on.
-    """
-    deaths, life = os.environ["DIE"].split(","), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    if life >= len(deaths):
-        return
-    rank, step, how = deaths[life].split(":")
+def _fail_at() -> None:
+    """DIE=rank:step:how in the environment: that rank dies after that step, the first time."""
+    rank, step, how = os.environ["DIE"].split(":")
     whole = common.Run.step_done
 
     def step_done(run: common.Run, done: int, *rest: object) -> None:
-        if (run.rank, done) == (int(rank), int(step)):
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if first and (run.rank, done) == (int(rank), int(step)):
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise common.RunError("planted")
@@ -304,5 +299,5 @@ if __name__ == "__main__":
     script = SCRIPTS[sys.argv.pop(1)]
     script.build_network = tiny_network
     if "DIE" in os.environ:
-        _die()
+        _fail_at()
     common.launch(script.main)
