@@ -516,9 +516,10 @@ class Run:
         self.state |= state
         args, out, step, log_bytes = self.args, self.args.out, 0, 0
         found = [out / n for n in ("latest.pt", "latest.prev.pt") if (out / n).exists()]
-        goes_on = bool(found) and not args.overwrite
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # else torchrun's restart
+        goes_on = bool(found) and not (args.overwrite and first)
         if goes_on:
-            if args.resume == "none":
+            if args.resume == "none" and first:
                 raise InputError(f"{out}: holds a run; give another --out, or --overwrite")
             saved = self._load(found)
             try:
