@@ -262,7 +262,7 @@ def undisturbed(root, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.skipif(
     "ELASTIC" not in os.environ,
-    reason="on a loaded machine gloo's start after a restart was seen to wait; ELASTIC=1 runs it",
+    reason="known fault: after a restart gloo reads dead ranks' addresses; ELASTIC=1 runs it",
 )
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_restarts_after_a_kill(rank, root, tmp_path, undisturbed):
