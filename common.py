@@ -153,7 +153,12 @@ def start_process(args: argparse.Namespace) -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         # gloo beside nccl carries the vote on signals, which must not wait for the GPU
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        limit, (rank, world) = timedelta(minutes=10), rank_world()
+        # torchrun's store outlives a restart: without a prefix, gloo reads dead ranks' addresses
+        store = next(dist.rendezvous("env://", timeout=limit))[0]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else min(4, len(os.sched_getaffinity(0)))
     if args.amp is None:
@@ -569,7 +574,7 @@ class Run:
                 f"{self.args.out}: holds a run with other flags ({'; '.join(differ)}); "
                 "give the same, another --out, or --overwrite"
             )
-        self.say(f"going on from {path}, step {saved['step']}")
+        self.say(f"going on from {path}, step {saved.get('step')}")
         return saved
 
     def _open_log(self, size: int, old: Iterable[Path]) -> None:

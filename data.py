@@ -133,7 +133,7 @@ def _is_file(path: Path | None) -> bool:
 
 def _pascal_root(root: Path) -> Path | None:
     for place in (root / "VOCdevkit/VOC2012", root / "VOC2012", root):
-        if (place / "JPEGImages").is_dir() and (place / "ImageSets/Segmentation/val.txt").is_file():
+        if is_folder(place / "JPEGImages") and _is_file(place / "ImageSets/Segmentation/val.txt"):
             return place
     return None
 
@@ -187,7 +187,7 @@ def _cityscapes(root: Path) -> Source:
 
 def _folder(root: Path) -> Source:
     classes = root / "classes.txt"
-    if not classes.is_file():
+    if not _is_file(classes):
         raise InputError(
             f"{classes}: not found; a folder data set has train/images, train/masks, val/images, "
             "val/masks and classes.txt with a class name a line"

@@ -279,13 +279,15 @@ def output(p: subprocess.Popen, seconds: float = TIMEOUT) -> str:
 
 
 def _fail_at() -> None:
-    """DIE=rank:step:how in the environment: that rank dies after that step, the first time."""
-    rank, step, how = os.environ["DIE"].split(":")
+    """DIE=rank:step:how[,...] in the environment: in its n-th life that rank dies at that step."""
+    deaths, life = os.environ["DIE"].split(","), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if life >= len(deaths):
+        return
+    rank, step, how = deaths[life].split(":")
     whole = common.Run.step_done
 
     def step_done(run: common.Run, done: int, *rest: object) -> None:
-        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if first and (run.rank, done) == (int(rank), int(step)):
+        if (run.rank, done) == (int(rank), int(step)):
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise common.RunError("planted")

@@ -1,7 +1,6 @@
 """The number of ranks does not change the experiment; ranks that die come back, or end together."""
 
 import argparse
-import os
 import re
 import signal
 import time
@@ -260,20 +259,16 @@ def undisturbed(root, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "ELASTIC" not in os.environ,
-    reason="known fault: after a restart gloo reads dead ranks' addresses; ELASTIC=1 runs it",
-)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_restarts_after_a_kill(rank, root, tmp_path, undisturbed):
-    """Guards: a restart that hangs, starts anew, or ends elsewhere."""
+@pytest.mark.parametrize("deaths", ["0:6:kill", "1:6:kill", "1:3:kill,0:8:kill"])
+def test_torchrun_restarts_after_kills(deaths, root, tmp_path, undisturbed):
+    """Guards: a restart that hangs on dead ranks' addresses, starts anew, or ends elsewhere."""
     options = "--nproc_per_node=2 --max-restarts=3"
     argv = ["mkd", *procs.flags("mkd", root, tmp_path / "out")]
-    p = procs.torchrun(argv, options, DIE=f"{rank}:6:kill")
+    p = procs.torchrun(argv, options, DIE=deaths)
     text = procs.output(p)
     assert p.returncode == 0, text
-    assert "going on from" in text
-    assert "step 6" in text.split("going on from")[1].splitlines()[0]
+    saved = [2 * (int(death.split(":")[1]) // 2) for death in deaths.split(",")]
+    assert [int(n) for n in re.findall(r"going on from .*, step (\d+)", text)] == saved
     procs.assert_same(procs.result(tmp_path / "out"), undisturbed)
 
 

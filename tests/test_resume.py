@@ -334,6 +334,20 @@ def test_overwrite_killed_before_its_first_checkpoint(root, tmp_path, monkeypatc
     procs.assert_same(procs.result(out), procs.result(tmp_path / "straight"))
 
 
+def test_overwrite_is_for_the_first_life(root, tmp_path, monkeypatch):
+    """Guards: torchrun's restarts that each begin anew, as they have --overwrite again."""
+    run("speed", procs.flags("speed", root, tmp_path / "straight"))
+    out = tmp_path / "out"
+    with monkeypatch.context() as m:
+        at_update(m, 6, die)
+        with pytest.raises(Died):
+            run("speed", procs.flags("speed", root, out, "--overwrite"))
+    at_update(monkeypatch, 8, die)  # 7 steps are left
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run("speed", procs.flags("speed", root, out, "--overwrite"))
+    procs.assert_same(procs.result(out), procs.result(tmp_path / "straight"))
+
+
 # ---------------------------------------------------------------------------------------- fp16
 
 
