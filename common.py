@@ -619,7 +619,8 @@ class Run:
         if done % args.save_every == 0 or last or stop:
             self._save(done)
         if stop and not last:
-            self.say(f"signal {stop}: saved step {done}; the same command goes on from there")
+            command = "the same command" + " without --overwrite" * args.overwrite
+            self.say(f"signal {stop}: saved step {done}; {command} goes on from there")
             self._close()
             raise SystemExit(128 + stop)
 
@@ -798,6 +799,9 @@ def launch(main: Callable[[], None]) -> None:
             print(f"[rank {rank}] " * (world > 1) + f"error: {e}", file=sys.stderr)
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except KeyboardInterrupt:  # later ones are caught, see Run.resume
+        status = 128 + signal.SIGINT
+        print("interrupted before the first step; nothing was written", file=sys.stderr)
     except BaseException:
         status = 1
         traceback.print_exc()

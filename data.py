@@ -306,6 +306,11 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
 def _open(path: Path, what: str) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
+            deep = image.mode[0] in "IF"  # 16 or 32 bits a channel, which convert("RGB") would clip
+            scaled = {t[3] for t in image.tile} & {"L;2", "L;4"}  # to 0-255, so no class ids
+            if deep or what == "mask" and scaled:
+                bits = "more" if deep else "fewer"
+                raise ValueError(f"{bits} than 8 bits a channel")
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:

@@ -3,9 +3,11 @@
 import itertools
 import random
 import signal
+import struct
 import subprocess
 import sys
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -752,7 +754,16 @@ def bad_mask(name: str, folder: Path) -> tuple[Path, str]:
     if name == "RGB":
         return save(path, np.stack([label] * 3, 2)), "RGB"
     if name == "16 bit":
-        return save(path, label.astype(np.uint16)), "I;16"
+        return save(path, label.astype(np.uint16)), "more than 8 bits"
+    if name == "4 bit":  # Pillow reads its 1 as 17: also a class, where there are 21
+        rows = b"".join(bytes([0, 0x01, 0x10]) for _ in range(4))
+        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 4, 0, 0, 0, 0))]
+        chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+        parts = [struct.pack(">I", len(d)) + k + d for k, d in chunks]
+        sums = [struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+        joined = b"".join(a + b for a, b in zip(parts, sums, strict=True))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + joined)
+        return path, "fewer than 8 bits"
     if name == "size":
         return save(path, label[:-1]), "(48, 39)"
     if name == "turned":
@@ -772,7 +783,7 @@ def bad_mask(name: str, folder: Path) -> tuple[Path, str]:
     return path, "no readable mask"
 
 
-BAD_MASKS = ["RGB", "16 bit", "size", "turned", "value", "value 254", "binary", "truncated", "text"]
+BAD_MASKS = "RGB,16 bit,4 bit,size,turned,value,value 254,binary,truncated,text".split(",")
 
 
 @pytest.mark.parametrize("name", BAD_MASKS)
@@ -793,16 +804,18 @@ def test_mask_values_up_to_the_last_class_and_255(tmp_path):
         read(path, 2, (4, 1))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "missing"])
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "missing", "16 bit"])
 def test_unreadable_image(tmp_path, kind):
     path = save(tmp_path / "broken.jpg", noise(0, (200, 200)))
-    if kind == "truncated":
+    if kind == "16 bit":  # convert("RGB") would clip it to white
+        path = save(tmp_path / "deep.png", np.full((9, 9), 300, np.uint16))
+    elif kind == "truncated":
         truncate(path)
     elif kind == "missing":
         path.unlink()
     else:
         path.write_text("" if kind == "empty" else "hello")
-    with pytest.raises(InputError, match="broken.jpg") as e:
+    with pytest.raises(InputError, match=path.name) as e:
         data.read_image(Item("broken", path, None))
     assert "\n" not in str(e.value)
 

@@ -206,6 +206,33 @@ def test_signal_to_the_whole_group_of_processes(number, root, tmp_path):
     assert "Traceback" not in text.read_text()
 
 
+def interrupt_at_start() -> None:
+    """For a process: Ctrl-C while its data and networks are made."""
+
+    def resume(*args: object, **state: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    common.Run.resume = resume
+
+
+def test_interrupted_while_it_starts(root, tmp_path):
+    """Guards: a traceback, or status 0."""
+    text = tmp_path / "out.txt"
+    argv = procs.flags("speed", root, tmp_path / "out")
+    assert procs.finish(procs.start("speed", argv, text, first=interrupt_at_start)) == 130
+    assert procs.lines(text)[-1].startswith("interrupted before the first step")
+    assert "Traceback" not in text.read_text()
+
+
+def test_signal_to_a_run_with_overwrite(root, tmp_path, monkeypatch, capsys):
+    """Guards: advice that would throw the saved steps away."""
+    at_update(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run("speed", procs.flags("speed", root, tmp_path / "out", "--overwrite"))
+    assert "the same command without --overwrite goes on" in capsys.readouterr().out
+
+
 def test_signal_at_the_last_step_is_a_finished_run(root, tmp_path, monkeypatch, capsys):
     """Guards: a run that is done but says that it was stopped."""
     at_update(monkeypatch, 11, lambda: os.kill(os.getpid(), signal.SIGTERM))
