@@ -65,6 +65,18 @@ def test_the_two_commands_open_the_readme():
     assert "pip install -r requirements.txt pytest && pytest" in (ROOT / ".ci/run").read_text()
 
 
+def test_every_equation_is_where_the_readme_says():
+    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) > 25
+    for name, file, line in links:
+        code = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        found = [i for i, text in enumerate(code, 1) if re.match(rf"\s*{re.escape(name)}", text)]
+        found += [
+            i for i, t in enumerate(code, 1) if re.match(rf"(def|class) {re.escape(name)}", t)
+        ]
+        assert int(line) in found, f"{name} is at {file}#L{found}, the README says {line}"
+
+
 def test_shared_flags_are_identical_over_scripts(monkeypatch):
     parsers = []
     original = common.parse
