@@ -5,6 +5,7 @@ Dimension key: B images, C classes, H and W pixels, h and w cells of a feature m
 
 import argparse
 import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -582,11 +583,12 @@ class Run:
         out = self.args.out
         try:
             (out / "preview").mkdir(parents=True, exist_ok=True)
+            self.file = open(out / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
+            self._lock()
             for path in old:  # before the log, so that none goes on from a checkpoint without it
                 path.unlink(missing_ok=True)
             flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
             (out / "args.json").write_text(json.dumps(flags, indent=1) + "\n")
-            self.file = open(out / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
             self.file.truncate(min(size, self.file.tell()))
             self.file.seek(0, os.SEEK_END)
         except OSError as e:
@@ -595,6 +597,17 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out)
+
+    def _lock(self) -> None:
+        """Keeps log.jsonl, and so the folder, to this process (not its workers) till it ends."""
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"{self.args.out}: another process is writing this run; wait, or give another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
 
     # ---- after a step
 

@@ -206,6 +206,21 @@ def test_signal_to_the_whole_group_of_processes(number, root, tmp_path):
     assert "Traceback" not in text.read_text()
 
 
+@pytest.mark.parametrize("more", ["", "--overwrite"])
+def test_two_processes_do_not_share_a_folder(more, root, tmp_path):
+    """Guards: a command that is started twice, each spoiling what the other saves."""
+    out, text = tmp_path / "out", tmp_path / "out.txt"
+    argv = procs.flags("speed", root, out, "--iters 60 --log-every 1 --eval-every 60")
+    p = procs.start("speed", argv, tmp_path / "first.txt", first=slow_steps)
+    procs.wait_for_step(out, 3, p)
+    assert procs.finish(procs.start("speed", [*argv, *more.split()], text)) == 2
+    assert "another process is writing this run" in procs.lines(text)[-1]
+    p.terminate()
+    assert procs.finish(p) == 128 + signal.SIGTERM
+    run("speed", argv)
+    assert [x["step"] for x in procs.log_of(out) if x["kind"] == "train"] == [*range(1, 61)]
+
+
 def interrupt_at_start() -> None:
     """For a process: Ctrl-C while its data and networks are made."""
 
