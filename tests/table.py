@@ -1,42 +1,126 @@
-"""Prints the Markdown table of finished runs from their log.jsonl: python tests/table.py runs/*
+"""Summarises finished runs from their folders.
+
+python tests/table.py runs/*                      # a Markdown table
+python tests/table.py runs/* --curves curves.png  # also: mIoU over steps, the mean of the seeds
+python tests/table.py runs/*-s0 --grid grid.png   # also: image, truth, and what each run predicts
 
 Runs that differ by their seed alone (folders that end in -s0, -s1, ...) make a row: mean and
 standard deviation of the last mIoU over seeds, and the mean of the best beside it.
 """
 
+import argparse
 import json
 import re
 import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
-def read(run: Path) -> tuple[int, float, float] | None:
-    """(steps, last mIoU, best mIoU) of a finished run, else None."""
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie in the repo's root
+import common
+import data
+from networks import build_network
+
+COLORS = ("#444444", "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf")
+
+
+def read(run: Path) -> dict[int, float] | None:
+    """{step: mIoU} of a finished run, else None."""
     args = json.loads((run / "args.json").read_text())
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    evals = [line for line in lines if line["kind"] == "eval"]
-    if not evals or evals[-1]["step"] != args["iters"]:
-        return None
-    return args["iters"], evals[-1]["miou"], max(e["miou"] for e in evals)
+    found = {line["step"]: line["miou"] for line in lines if line["kind"] == "eval"}
+    return found if args["iters"] in found else None
 
 
-def main(folders: list[str]) -> None:
-    rows: dict[str, list] = {}
-    for run in sorted(Path(f) for f in folders if (Path(f) / "log.jsonl").is_file()):
-        result = read(run)
-        if result is None:
-            print(f"{run}: not finished, left out", file=sys.stderr)
-            continue
-        rows.setdefault(re.sub(r"-s\d+$", "", run.name), []).append(result)
+def table(rows: dict[str, list[dict]]) -> None:
+    """Prints a row for each name."""
     print("| run | steps | seeds | last mIoU | best mIoU |\n|---|---|---|---|---|")
-    for name, results in rows.items():
-        steps, last, best = zip(*results, strict=True)
+    for name, runs in rows.items():
+        last = [list(r.values())[-1] for r in runs]
+        best = statistics.mean(max(r.values()) for r in runs)
         spread = f" ± {statistics.stdev(last):.1f}" if len(last) > 1 else ""
+        steps = ", ".join(map(str, sorted({max(r) for r in runs})))
         mean = f"{statistics.mean(last):.1f}{spread}"
-        every = ", ".join(map(str, sorted(set(steps))))
-        print(f"| `{name}` | {every} | {len(last)} | {mean} | {statistics.mean(best):.1f} |")
+        print(f"| `{name}` | {steps} | {len(last)} | {mean} | {best:.1f} |")
+
+
+def curves(rows: dict[str, list[dict]], path: Path, width: int = 640, height: int = 360) -> None:
+    """Draws mIoU over steps: the mean of a row's runs at the steps that all of them evaluated."""
+    lines = {}
+    for name, runs in rows.items():
+        steps = sorted(set.intersection(*(set(r) for r in runs)))
+        lines[name] = [(s, statistics.mean(r[s] for r in runs)) for s in steps]
+    points = [p for line in lines.values() for p in line]
+    right, top = max(s for s, _ in points), 10 * (int(max(v for _, v in points) / 10) + 1)
+    picture = Image.new("RGB", (width, height + 16 * len(lines)), "white")
+    draw = ImageDraw.Draw(picture)
+
+    def at(step: float, miou: float) -> tuple[float, float]:
+        return 30 + (width - 60) * step / right, height - 25 - (height - 40) * miou / top
+
+    for miou in range(0, top + 1, 10):
+        draw.line([at(0, miou), at(right, miou)], "#dddddd")
+        draw.text((8, at(0, miou)[1] - 6), str(miou), "black")
+    for step in range(0, right + 1, max(1, right // 4)):
+        draw.text((at(step, 0)[0] - 8, height - 20), str(step), "black")
+    for k, (name, line) in enumerate(lines.items()):
+        color = COLORS[k % len(COLORS)]
+        draw.line([at(*p) for p in line], color, 2)
+        draw.rectangle((30, height + 16 * k + 4, 40, height + 16 * k + 9), color)
+        draw.text((46, height + 16 * k), f"{name}, seeds: {len(rows[name])}", "black")
+    picture.save(path)
+
+
+@torch.no_grad()
+def grid(runs: list[Path], path: Path, rows: int = 4) -> None:
+    """Draws the first val images, an image a row: image, truth, the prediction of each best.pt."""
+    args = json.loads((runs[0] / "args.json").read_text())
+    source = data.load_source(args["dataset"], Path(args["root"]))
+    opts = argparse.Namespace(eval_mode="whole", tta=False, crop_size=args["crop_size"])
+    pictures = [[] for _ in range(rows)]
+    for run in runs:
+        saved = torch.load(run / "best.pt", weights_only=True)
+        net = build_network(**saved["config"]).eval()
+        net.load_state_dict(saved["net"])
+        for item, row in zip(source.val[:rows], pictures, strict=True):
+            one = data.ValBatches([item], len(source.classes), net.backbone.grid)
+            batch = next(data.val_batches(one, 0, 1, 0, torch.device("cpu")))
+            prediction = common.predict(net, batch["image"], opts).argmax(1)
+            h, w = batch["size"][0]
+            three = (batch["image"], batch["label"], prediction)
+            picture = common.picture(*(m[0, ..., :h, :w] for m in three))
+            row.append(picture[:, 2 * w :] if row else picture)
+    picture = np.concatenate([np.concatenate(row, 1) for row in pictures])
+    Image.fromarray(picture).save(path)
+    print(f"{path}: image, truth, {', '.join(r.name for r in runs)}")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("runs", type=Path, nargs="+", help="folders; others are passed over")
+    p.add_argument("--curves", type=Path, metavar="PNG", help="draw mIoU over steps")
+    p.add_argument("--grid", type=Path, metavar="PNG", help="draw predictions of the runs")
+    opts = p.parse_args()
+    rows, done = {}, []
+    for run in opts.runs:
+        if (run / "log.jsonl").is_file():
+            result = read(run)
+            if result is None:
+                print(f"{run}: not finished, left out", file=sys.stderr)
+                continue
+            done.append(run)
+            rows.setdefault(re.sub(r"-s\d+$", "", run.name), []).append(result)
+    if not done:
+        sys.exit("error: no finished run among these folders")
+    table(rows)
+    if opts.curves:
+        curves(rows, opts.curves)
+    if opts.grid:
+        grid(done, opts.grid)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

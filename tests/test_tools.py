@@ -1,0 +1,67 @@
+"""The tools beside the tests: what turns runs into a table, and CamVid into our layout."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from datasets import blobs, noise, save
+from PIL import Image
+
+import data
+
+HERE = Path(__file__).resolve().parent
+
+
+def call(*words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def write_run(run: Path, steps: int, *miou: float) -> None:
+    """A folder with the evaluations at steps 10, 20, ... of a run of `steps` steps."""
+    run.mkdir(parents=True)
+    (run / "args.json").write_text(json.dumps({"iters": steps}))
+    lines = [{"kind": "train", "step": 5, "loss": 1.0}]
+    lines += [{"kind": "eval", "step": 10 * k, "miou": v} for k, v in enumerate(miou, 1)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_table(tmp_path):
+    """Guards: unfinished runs counted, best taken for last, seeds mixed with other runs."""
+    write_run(tmp_path / "a-s0", 30, 10.0, 50.0, 40.0)
+    write_run(tmp_path / "a-s1", 30, 10.0, 20.0, 44.0)
+    write_run(tmp_path / "a-s2", 30, 10.0, 20.0)
+    write_run(tmp_path / "b-s0", 20, 1.0, 3.0)
+    (tmp_path / "no run").mkdir()
+    p = call(HERE / "table.py", *sorted(tmp_path.iterdir()), "--curves", tmp_path / "c.png")
+    assert p.returncode == 0, p.stderr
+    assert p.stdout.splitlines()[2:] == [
+        "| `a` | 30 | 2 | 42.0 ± 2.8 | 47.0 |",
+        "| `b` | 20 | 1 | 3.0 | 3.0 |",
+    ]
+    assert "a-s2: not finished" in p.stderr
+    colors = {c for _, c in Image.open(tmp_path / "c.png").getcolors(10_000)}
+    assert (0x44, 0x44, 0x44) in colors
+    assert (0xD6, 0x27, 0x28) in colors
+    assert call(HERE / "table.py", tmp_path / "no run").returncode == 1
+
+
+def test_camvid(tmp_path):
+    """Guards: void taken for a class, masks that lose their ids, files in other places."""
+    source = tmp_path / "CamVid"
+    for part in ("train", "val"):
+        for k in range(2):
+            save(source / part / f"{part}{k}.png", noise(k, (48, 40)))
+            save(source / f"{part}annot" / f"{part}{k}.png", blobs(k, 12))
+    p = call(HERE / "camvid.py", source, tmp_path / "out")
+    assert p.returncode == 0, p.stderr
+    made = data.load_source("folder", tmp_path / "out")
+    assert (len(made.train), len(made.val), len(made.classes)) == (2, 2, 11)
+    assert data.check(made) == []
+    raw = np.asarray(Image.open(source / "valannot/val1.png"))
+    mask = np.asarray(Image.open(made.val[1].mask))
+    assert (raw == 11).any()
+    assert np.array_equal(mask, np.where(raw == 11, 255, raw))
+    assert call(HERE / "camvid.py", tmp_path, tmp_path / "out").returncode == 1
