@@ -1,6 +1,7 @@
 """Oracles of the losses that all methods share, on one rank and on two with unequal counts."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -221,3 +222,13 @@ def test_rank_sum_and_rank_mean(ranks: list[dict]):
         assert r["same input"], "rank_sum changed its input"
         assert not r["sum"].requires_grad
         assert not r["mean"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("ramp", "expected"),
+    [(0.0, [1, 1, 1, 1, 1]), (0.5, [0, 0.5, 1, 1, 1]), (1.0, [0, 0.25, 0.5, 0.75, 1])],
+)
+def test_ramp(ramp, expected):
+    """Weights at steps 0, 5, 10, 15, 20 of 20."""
+    run = types.SimpleNamespace(args=types.SimpleNamespace(ramp=ramp, iters=20))
+    assert [common.Run.ramp(run, step) for step in range(0, 21, 5)] == expected
