@@ -223,6 +223,7 @@ def test_two_processes_do_not_share_a_folder(more, root, tmp_path):
 
 def interrupt_at_start() -> None:
     """For a process: Ctrl-C while its data and networks are made."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` would ignore it
 
     def resume(*args: object, **state: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
