@@ -206,6 +206,20 @@ def test_signal_to_the_whole_group_of_processes(number, root, tmp_path):
     assert "Traceback" not in text.read_text()
 
 
+def test_best_is_the_best_and_last_the_last(root, tmp_path, monkeypatch, capsys):
+    """Guards: the last network saved as the best, the best mIoU told as the last."""
+    falling = iter([30.0, 50.0, 50.0, 40.0])  # at steps 3, 6, 9, 11
+    monkeypatch.setattr(common, "iou_of", lambda _: (next(falling), [None] * 3))
+    at_six = {}
+    at_update(monkeypatch, 7, lambda: at_six.update(saved(tmp_path)["net"]))
+    argv = procs.flags("speed", root, tmp_path, "--eval-every 3 --save-every 6")
+    run("speed", argv)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert (best["step"], best["miou"]) == (6, 50.0)
+    procs.assert_same(dict(best["net"]), at_six)
+    assert "mIoU last 40.00 · best 50.00 at step 6" in capsys.readouterr().out.splitlines()[-1]
+
+
 @pytest.mark.parametrize("more", ["", "--overwrite"])
 def test_two_processes_do_not_share_a_folder(more, root, tmp_path):
     """Guards: a command that is started twice, each spoiling what the other saves."""
