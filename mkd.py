@@ -32,7 +32,7 @@ from networks import build_network, load_weights, upsample
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The shared flags and MKD's own; --threshold is off (0), as in the released config."""
+    """The shared flags and MKD's own; their defaults are the released config's, but on shapes."""
     p = common.make_parser("mkd", __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
     a = p.add_argument_group("MKD").add_argument
@@ -42,8 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
     a("--lambda0", type=common.WEIGHT, default=1.5, help="strength of the augmentation at the end")
     a("--keep-padding", action=flag, default=False, help="padding takes part, as in released code")
-    # from scratch, wrong labels at full weight outdo the few true ones; 6 epochs take 8 minutes
-    small = dict(lambda_st=0.5, lambda_ss=0.3, epochs=6)
+    a("--teacher-mode", choices=("train", "eval"), default="train", help="teachers' batch norm")
+    # from scratch a network's own batch is a poor normaliser, and most first labels are wrong
+    small = dict(teacher_mode="eval", threshold=0.95, lambda_ss=0.3, epochs=6)
     return common.parse(p, argv, all=dict(threshold=0.0), shapes=small)
 
 
@@ -51,14 +52,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, t: int, ema: float) -> None:
+def update_teacher(
+    teacher: nn.Module, student: nn.Module, t: int, ema: float, mode: str = "train"
+) -> None:
     """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), at the start of step t from 1.
 
-    Parameters only, in float32: a teacher's batch norm keeps its own statistics. At t = 1 it
-    becomes a copy.
+    Parameters in float32; at t = 1 it becomes a copy. Batch norm in `mode` "train", as released:
+    of each batch, with statistics of its own; in "eval": by the student's running statistics.
     """
     m = min(1 - 1 / t, ema)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - m)
+    teacher.train(mode == "train")
+    if mode == "eval":
+        for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
+            mine.copy_(theirs)
 
 
 def mix_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
@@ -204,10 +211,10 @@ def mkd_step(
     m = mix_mask(run.put(torch.tensor(boxes)), args.crop_size)
 
     with torch.no_grad():
-        # Teachers (train mode) see x and u; their logits and features are mixed like the image.
+        # Teachers see x and u; their logits and features are mixed like the image.
         z_t, f_t = [], []
         for teacher, student in zip(teachers, students, strict=True):
-            update_teacher(teacher, student, t, args.ema)
+            update_teacher(teacher, student, t, args.ema, args.teacher_mode)
             with run.autocast():
                 z, f, _ = teacher.parts(torch.cat([x, u]))
             z_t.append(torch.cat([z[:n_x], mix(z[n_x:], m)]).float())

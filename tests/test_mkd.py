@@ -47,6 +47,7 @@ def test_the_flags_default_to_the_released_values():
     args = mkd.parse_args(["--dataset", "pascal"])
     assert (args.ema, args.lambda_st, args.lambda_ss, args.lambda0) == (0.6, 1.5, 1.0, 1.5)
     assert (args.fa, args.threshold, args.keep_padding) == ("all", 0.0, False)
+    assert args.teacher_mode == "train"
     assert not args.ramp
 
 
@@ -80,6 +81,18 @@ def test_teacher_follows_the_hand_computed_sequence():
                 assert torch.equal(p, was[name]), "step 1 is an exact copy"
     for name, buffer in teacher.named_buffers():
         assert torch.equal(buffer, statistics[name]), "batch norm statistics are the teacher's own"
+
+
+def test_a_teacher_in_eval_mode_normalises_like_its_student():
+    student, teacher = small_net(0), small_net(1)
+    mkd.update_teacher(teacher, student, 2, 0.6, "eval")
+    assert not teacher[1].training
+    for (name, mine), its in zip(teacher.named_buffers(), student.buffers(), strict=True):
+        assert torch.equal(mine, its), name
+        assert mine is not its
+    assert not torch.equal(teacher[0].weight, student[0].weight)
+    mkd.update_teacher(teacher, student, 3, 0.6, "train")
+    assert teacher[1].training
 
 
 def test_ema_above_one_half_takes_a_while_and_one_never_arrives():
@@ -428,9 +441,12 @@ def test_student_targets_are_hard_detached_and_the_other_students():
 # ---------------------------------------------------------------------- first steps recomputed
 
 VARIANTS = {
-    "all flags": "--threshold {tau} --ema 0.3 --lambda-st 0.7 --lambda-ss 2 --lambda0 3",
-    "students only, padding kept": "--fa students --keep-padding --iters 1",
-    "no augmentation": "--fa none --ramp 1",
+    "all flags": "--threshold {tau} --ema 0.3 --lambda-st 0.7 --lambda-ss 2 --lambda0 3 "
+    "--teacher-mode train",
+    "students only, padding kept": "--fa students --keep-padding --iters 1 --threshold 0 "
+    "--teacher-mode train",
+    "no augmentation": "--fa none --ramp 1 --threshold 0 --teacher-mode train",
+    "teachers in eval mode": "--fa none --threshold 0 --teacher-mode eval",
 }
 
 
@@ -465,7 +481,9 @@ def first_steps(
                 keep = min(1 - 1 / t, args.ema)
                 for mine, theirs in zip(student.parameters(), teacher.parameters(), strict=True):
                     theirs.copy_(keep * theirs + (1 - keep) * mine)
-                weak = look(teacher, torch.cat([x, u]))
+                if args.teacher_mode == "eval":
+                    teacher.load_state_dict(student.state_dict() | dict(teacher.named_parameters()))
+                weak = look(teacher.train(args.teacher_mode == "train"), torch.cat([x, u]))
                 z_t.append(torch.cat([weak["z_4"][:2], mixed(weak["z_4"][2:], m)]))
                 f_t.append(torch.cat([weak["f"][:2], mixed(weak["f"][2:], m)]))
         both = [look(s, torch.cat([x, mixed(u1, m)])) for s in students]
