@@ -1,4 +1,4 @@
-"""What the methods share and no paper is about: flags, DeepLabV3+, process group, evaluation, runs.
+"""What the methods share and no paper is about: flags, process group, evaluation, runs.
 
 Dimension key: B images, C classes, H and W pixels, h and w cells of a feature map.
 """
@@ -28,40 +28,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from data import InputError
+from data import COUNT, POSITIVE, SHARE, STEPS, WEIGHT, InputError
 from networks import BACKBONES, Segmenter, build_network, load_checkpoint, upsample
 
 # --------------------------------------------------------------------------- flags
 
 
-def number(kind: type, above: float = -1, least: float = 0, most: float = math.inf) -> Callable:
-    """An argparse type: a finite int or float with above < value, least <= value <= most."""
+def make_parser(script: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that all scripts share; a script adds its own and calls `parse`.
 
-    def parse_number(text: str) -> float:
-        value = kind(text)
-        if not (above < value < math.inf and least <= value <= most):
-            raise argparse.ArgumentTypeError(f"{text} is out of range; see --help")
-        return value
-
-    parse_number.__name__ = kind.__name__  # argparse says "invalid float value"
-    return parse_number
-
-
-COUNT, STEPS = number(int), number(int, least=1)
-WEIGHT, POSITIVE, SHARE = number(float), number(float, above=0), number(float, most=1)
-
-
-def make_parser(method: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all scripts share; a script adds its own and calls `parse`."""
+    The name of the file `script` is the method's, so that a copy of it has runs of its own.
+    """
     formatter, flag = argparse.ArgumentDefaultsHelpFormatter, argparse.BooleanOptionalAction
     p = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    p.set_defaults(method=method)
+    p.set_defaults(method=Path(script).stem)
     a = p.add_argument_group("data").add_argument
-    a("--dataset", choices=tuple(data.PRESETS), help="unset: pascal if under --root, else shapes")
-    a("--root", type=Path, default=Path("data"), help="folder of the data set")
-    a("--protocol", choices=data.PROTOCOLS, default="classic", help="which VOC masks are labelled")
-    a("--split", default="1/16", help="labelled: a fraction, full, a count, or a folder of lists")
-    a("--split-seed", type=COUNT, default=0, help="draws the split, unless that is a folder")
+    data.add_flags(a)
     a("--crop-size", type=STEPS, help="side of the square training crop, pixels")
     a(
         "--scale",
@@ -74,7 +56,7 @@ def make_parser(method: str, description: str) -> argparse.ArgumentParser:
     a("--workers", type=COUNT, help="loader processes a rank; unset: 4, for shapes 0")
     a = p.add_argument_group("network").add_argument
     a("--backbone", choices=BACKBONES, help="encoder")
-    a("--weights", help="of the backbone: imagenet, none, or a state-dict file")
+    a("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
     a("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: for DINOv2 alone")
     a("--output-stride", type=int, choices=(8, 16), default=16, help="of a CNN backbone, pixels")
     a = p.add_argument_group("optimisation").add_argument
@@ -85,7 +67,7 @@ def make_parser(method: str, description: str) -> argparse.ArgumentParser:
     a("--head-lr-mult", type=POSITIVE, help="all but the backbone learns this many times faster")
     a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
     a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
-    a("--threshold", type=SHARE, help="tau: confidence a pseudo-label needs, 0 to 1")
+    a("--threshold", type=SHARE, help="tau: confidence a label needs, 0 to 1; MKD: of L_st")
     a("--ramp", type=SHARE, help="share of the run in which unlabelled terms grow from 0 to full")
     a("--labeled-only", action=flag, default=False, help="the supervised baseline, same steps")
     a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
@@ -97,7 +79,7 @@ def make_parser(method: str, description: str) -> argparse.ArgumentParser:
     a("--save-every", type=STEPS, help="steps between checkpoints; unset: once an epoch")
     a("--log-every", type=STEPS, default=20, help="steps that a train line averages over")
     a("--tta", action=flag, default=False, help="evaluate with flips and scales 0.75, 1, 1.25")
-    a("--out", type=Path, help="unset: runs/<method>-<dataset>-<split>-s<seed>")
+    a("--out", type=Path, help="unset: runs/<script>-<dataset>-<split>-s<seed>")
     a(
         "--resume",
         choices=("auto", "none"),
@@ -123,8 +105,9 @@ def parse(
     for name in ("--dataset", "--backbone", "--senior", "--junior"):
         first.add_argument(name, default="")
     known = first.parse_known_args(argv)[0]
+    saved = load_checkpoint(known.test_only) if known.test_only else {}
     if known.test_only and not known.dataset:
-        known.dataset = load_checkpoint(known.test_only).get("dataset")
+        known.dataset = saved.get("dataset")
         if known.dataset not in tuple(data.PRESETS):
             raise InputError(f"{known.test_only}: names no data set of ours; give --dataset too")
     dataset = data.find_dataset(known.dataset, known.root)
@@ -132,6 +115,8 @@ def parse(
         vit = any(b.startswith("dinov2") for b in (known.backbone, known.senior, known.junior))
         preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
         preset |= method.get("all", {}) | method.get(dataset, {})
+        if isinstance(saved.get("eval"), dict):  # as best.pt was evaluated
+            preset |= {k: saved["eval"].get(k) for k in ("crop_size", "eval_mode")}
         p.set_defaults(dataset=dataset, **preset)
     return p.parse_args(argv)
 
@@ -141,7 +126,9 @@ def parse(
 
 def rank_world() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ:  # a cluster's own WORLD_SIZE alone starts no group
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_process(args: argparse.Namespace) -> torch.device:
@@ -163,7 +150,7 @@ def start_process(args: argparse.Namespace) -> torch.device:
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else min(4, len(os.sched_getaffinity(0)))
     if args.amp is None:
-        args.amp = "bf16" if cuda and torch.cuda.is_bf16_supported() else "off"
+        args.amp = "bf16" if cuda and torch.cuda.is_bf16_supported(False) else "off"
     torch.manual_seed(args.seed)
     return device
 
@@ -319,7 +306,8 @@ def evaluate(
     tuning, cudnn.benchmark = cudnn.benchmark, False  # sizes vary: tuning for each would cost more
     for net in nets.values():
         net.eval()
-    batches = data.ValBatches(split.val, classes, first.backbone.grid)
+    grid = math.lcm(*(net.backbone.grid for net in nets.values()))
+    batches = data.ValBatches(split.val, classes, grid)
     for batch in data.val_batches(batches, rank, world, args.workers, device):
         for name, net in nets.items():
             with autocast(args.amp, device):
@@ -351,12 +339,26 @@ def save_predictions(folder: Path) -> Callable[[dict, Tensor], None]:
     def write(batch: dict, prediction: Tensor) -> None:
         fields = (batch[k] for k in ("image", "size", "id"))
         for label, image, (h, w), name in zip(prediction, *fields, strict=True):
-            Image.fromarray(label[:h, :w].byte().cpu().numpy()).save(folder / f"{name}.png")
             two = picture(image[:, :h, :w], label[:h, :w])
             rgb, colors = Image.fromarray(two[:, :w]), Image.fromarray(two[:, w:])
-            Image.blend(rgb, colors, 0.5).save(folder / f"{name}_overlay.png")
+            try:
+                Image.fromarray(label[:h, :w].byte().cpu().numpy()).save(folder / f"{name}.png")
+                Image.blend(rgb, colors, 0.5).save(folder / f"{name}_overlay.png")
+            except OSError as e:
+                raise RunError(f"{folder}: cannot be written ({e.strerror}); free space") from None
 
     return write
+
+
+def check_crop(net: Segmenter, crop: object) -> None:
+    """InputError unless crops, and windows, are of a size that the network takes."""
+    patch = net.backbone.patch
+    if not isinstance(crop, int) or crop < 32 or crop % patch:
+        least = -(-max(crop, 32) // patch) * patch if isinstance(crop, int) else 32 * patch
+        raise InputError(
+            f"--crop-size {crop}: {net.config['backbone']} needs at least 32 pixels and a "
+            f"multiple of {patch}, e.g. {least}"
+        )
 
 
 def test(args: argparse.Namespace) -> None:
@@ -375,6 +377,7 @@ def test(args: argparse.Namespace) -> None:
             f"{args.test_only}: its {len(classes)} classes are not the {len(source.classes)} of "
             f"{args.dataset}; evaluate it on its own data set"
         )
+    check_crop(net, args.crop_size)
     net = net.to(device, memory_format=torch.channels_last)
     write = save_predictions(args.save_predictions) if args.save_predictions else None
     miou, iou = iou_of(evaluate({"net": net}, source, args, device, write)["net"])
@@ -423,10 +426,12 @@ class Run:
         epoch = max(1, len(self.split.unlabeled or self.split.labeled) // args.batch_size)
         args.iters = args.iters or args.epochs * epoch
         args.eval_every, args.save_every = args.eval_every or epoch, args.save_every or epoch
-        folder = data.is_folder(Path(args.split))
+        folder = os.path.isdir(args.split)
         name = Path(args.split).resolve().name if folder else args.split.replace("/", "-")
         method = args.method + "-labeled" * args.labeled_only
-        args.out = args.out or Path(f"runs/{method}-{args.dataset}-{name}-s{args.seed}")
+        where = args.dataset
+        where += f"-{args.root.resolve().name}" * (where == "folder")  # one of several such
+        args.out = args.out or Path(f"runs/{method}-{where}-{name}-s{args.seed}")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.state = {"scaler": self.scaler}  # what a checkpoint holds; `resume` adds to it
         self.rows, self.names = [], []  # train terms that no log line holds yet, on the device
@@ -452,12 +457,7 @@ class Run:
 
     def place(self, net: Segmenter) -> Segmenter:
         """Moves a network to the device, channels_last; SyncBN over CUDA ranks; --compile."""
-        crop, patch = self.args.crop_size, net.backbone.patch
-        if crop < 32 or crop % patch:
-            raise InputError(
-                f"--crop-size {crop}: {net.config['backbone']} needs at least 32 pixels and a "
-                f"multiple of {patch}, e.g. {-(-max(crop, 32) // patch) * patch}"
-            )
+        check_crop(net, self.args.crop_size)
         if self.device.type == "cuda" and self.world > 1:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net = net.to(self.device, memory_format=torch.channels_last)
@@ -540,6 +540,8 @@ class Run:
                 raise InputError(
                     f"{found[0]}: not of this script ({reason}); give another --out or --overwrite"
                 ) from None
+        if step == args.iters:
+            self.say(f"{out}: finished before, nothing is trained; --overwrite starts anew")
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 may now overwrite
         self.since = step
@@ -701,6 +703,7 @@ class Run:
             if self.rank == 0:
                 best = {"net": first.state_dict(), "config": first.config, "classes": classes}
                 best |= {"dataset": self.args.dataset, "mean": data.MEAN, "std": data.STD}
+                best["eval"] = {k: getattr(self.args, k) for k in ("crop_size", "eval_mode")}
                 save_file(best | {"step": done, "miou": self.last}, self.args.out / "best.pt")
         self._write("eval", line)
         if self.rank == 0:

@@ -17,12 +17,13 @@ import functools
 import hashlib
 import itertools
 import math
+import os
 import re
 import shutil
 import signal
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,7 +69,7 @@ DINOV2_PRESETS = dict(
     pascal=_VIT_VOC,
     folder=_VIT_VOC,
     cityscapes=_VIT | dict(crop_size=798, batch_size=8, epochs=180),
-    shapes=_VIT | dict(crop_size=70, batch_size=8),
+    shapes=_VIT | dict(crop_size=70, batch_size=8, lr=5e-4, head_lr_mult=1.0),  # from scratch
 )
 
 
@@ -116,24 +117,10 @@ def _text(path: Path) -> str:
         raise InputError(f"{path}: not a readable text file ({e}); give a plain list") from None
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a folder is there; False for what cannot be a path, like a name that is too long."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
-def _is_file(path: Path | None) -> bool:
-    try:
-        return path is not None and path.is_file()
-    except OSError:
-        return False
-
-
 def _pascal_root(root: Path) -> Path | None:
     for place in (root / "VOCdevkit/VOC2012", root / "VOC2012", root):
-        if is_folder(place / "JPEGImages") and _is_file(place / "ImageSets/Segmentation/val.txt"):
+        val = place / "ImageSets/Segmentation/val.txt"
+        if os.path.isdir(place / "JPEGImages") and os.path.isfile(val):
             return place
     return None
 
@@ -187,7 +174,7 @@ def _cityscapes(root: Path) -> Source:
 
 def _folder(root: Path) -> Source:
     classes = root / "classes.txt"
-    if not _is_file(classes):
+    if not os.path.isfile(classes):
         raise InputError(
             f"{classes}: not found; a folder data set has train/images, train/masks, val/images, "
             "val/masks and classes.txt with a class name a line"
@@ -374,7 +361,7 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     Counts are rounded up, which gives the published ones (92 of 1464, 662 of 10582, 186 of 2975).
     Draws are nested: 1/16 is part of 1/8. InputError names the value or the id that is wrong.
     """
-    if is_folder(Path(split)):
+    if os.path.isdir(split):
         files = (Path(split) / name for name in ("labeled.txt", "unlabeled.txt"))
         labeled, unlabeled = (_read_list(source, f) for f in files)
         said = f"lists of {split}"
@@ -384,7 +371,8 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
         said = f"{protocol} protocol, {said}" if source.name == "pascal" else said
 
     def there(path: Path | int | None) -> bool:
-        return isinstance(path, int) or path == BUILT_IN or _is_file(path)
+        built_in = isinstance(path, int) or path == BUILT_IN
+        return built_in or (path is not None and os.path.isfile(path))
 
     val_images, labeled_images = {i.image for i in source.val}, {i.image for i in labeled}
     for item in (*labeled, *unlabeled):
@@ -448,7 +436,7 @@ def _read_list(source: Source, path: Path) -> list[Item]:
             image = source.root / words[0]
             item = by_image.get(image) or Item(image.stem, image, None)
             mask = source.root / words[-1] if len(words) > 1 else None
-            if _is_file(mask):  # else the data set's: lists write VOC's folder for SBD's masks too
+            if mask and os.path.isfile(mask):  # else its own: lists name VOC's folder for SBD's too
                 item = Item(item.id, image, mask)
         else:
             item = by_id.get(words[0]) or by_id.get(Path(words[0]).stem)
@@ -861,6 +849,8 @@ def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, pa
     if path.suffix.lower() not in (".png", ".jpg"):
         raise InputError(f"--preview {path}: give a .png file")
     items = [i for i in source.train if i.mask][:8]
+    if not items:
+        raise InputError(f"--preview: {source.root} has no train image with a mask; add one")
     items = items if len(items) > 1 else items * 2
     split = Split(items, items, [], source.classes, "", "")
     args = dict(seed=seed, crop_size=crop, scale=scale, batch_size=len(items) // 2 * 2)
@@ -878,6 +868,32 @@ def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, pa
     Image.fromarray(rows.numpy()).save(path)
 
 
+def number(kind: type, above: float = -1, least: float = 0, most: float = math.inf) -> Callable:
+    """An argparse type: a finite int or float with above < value, least <= value <= most."""
+
+    def parse_number(text: str) -> float:
+        value = kind(text)
+        if not (above < value < math.inf and least <= value <= most):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; see --help")
+        return value
+
+    parse_number.__name__ = kind.__name__  # argparse says "invalid float value"
+    return parse_number
+
+
+COUNT, STEPS = number(int), number(int, least=1)
+WEIGHT, POSITIVE, SHARE = number(float), number(float, above=0), number(float, most=1)
+
+
+def add_flags(a: Callable) -> None:
+    """The flags of a data set and its split, by a parser's (or a group's) add_argument."""
+    a("--dataset", choices=tuple(PRESETS), help="unset: pascal if under --root, else shapes")
+    a("--root", type=Path, default=Path("data"), help="folder of the data set")
+    a("--protocol", choices=PROTOCOLS, default="classic", help="which VOC masks are labelled")
+    a("--split", default="1/16", help="labelled: a fraction, full, a count, or a folder of lists")
+    a("--split-seed", type=COUNT, default=0, help="draws the split, unless that is a folder")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The flags of `python data.py`."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
@@ -886,23 +902,21 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     a = p.add_argument
-    a("--dataset", choices=tuple(PRESETS), help="unset: pascal if under --root, else shapes")
-    a("--root", type=Path, default=Path("data"), help="folder of the data set")
+    add_flags(a)
     a("--download", action="store_true", help="first fetch VOC 2012 and SBD (needs scipy)")
     a("--preview", type=Path, metavar="FILE.png", help="write a picture of the views, and stop")
     a("--write-split", type=Path, metavar="DIR", help="write the lists of --split, and stop")
-    a("--split", default="1/16", help="as in the method scripts")
-    a("--split-seed", type=int, default=0, help="as in the method scripts")
-    a("--protocol", choices=PROTOCOLS, default="classic", help="which VOC masks are labelled")
-    a("--seed", type=int, default=0, help="of the preview")
+    a("--seed", type=COUNT, default=0, help="of the preview")
     return p
 
 
 def main() -> None:
     args = make_parser().parse_args()
-    name = find_dataset(args.dataset, args.root)
     if args.download:
+        if args.dataset not in (None, "pascal"):
+            raise InputError(f"--download: fetches VOC alone; {args.dataset} has its own place")
         download(args.root)
+    name = find_dataset(args.dataset, args.root)
     source = load_source(name, args.root)
     if args.preview:
         preset = PRESETS[name]

@@ -13,7 +13,7 @@ z logits, z~ augmented logits (`z_aug`), f features; suffixes _s1 _s2 students, 
 
     torchrun --nproc_per_node=4 mkd.py --split 1/16      # plain `python mkd.py`: one GPU or none
 
-Inference uses S1 alone. `reading:` marks what no text settles; the README lists departures.
+Inference uses S1 alone. The README lists departures from the released code.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from networks import build_network, load_weights, upsample
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The shared flags and MKD's own; their defaults are the released config's, but on shapes."""
-    p = common.make_parser("mkd", __doc__.splitlines()[0])
+    """The shared flags and MKD's own. Weights are the released config's, but on shapes."""
+    p = common.make_parser(__file__, __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
     a = p.add_argument_group("MKD").add_argument
     a("--ema", type=common.SHARE, default=0.6, help="the most that m, a teacher's memory, becomes")
@@ -105,7 +105,7 @@ class ClassStatistics(nn.Module):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros(num_classes))  # N_c
+        self.register_buffer("count", torch.zeros(num_classes, dtype=torch.float64))  # N_c
         self.register_buffer("mean", torch.zeros(num_classes, width))  # mu_c
         self.register_buffer("var", torch.zeros(num_classes, width))  # Sigma_c
 
@@ -122,7 +122,7 @@ class ClassStatistics(nn.Module):
         var = (s2 / n.clamp_min(1) - mean.square()).clamp_min(0)
         # w_c = n_c / (n_c + N_c);  mu <- (1-w) mu + w mean
         # Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2
-        w = n / (n + self.count[:, None]).clamp_min(1)
+        w = (n / (n + self.count[:, None]).clamp_min(1)).to(mean.dtype)
         self.var.copy_((1 - w) * self.var + w * var + w * (1 - w) * (self.mean - mean).square())
         self.mean.copy_((1 - w) * self.mean + w * mean)
         self.count.add_(n[:, 0])

@@ -12,7 +12,7 @@ backbone map, g its projection to the other network's width; suffixes _s senior,
 
     torchrun --nproc_per_node=4 segkc.py --split 1/2    # plain `python segkc.py`: one GPU or none
 
-Inference uses the junior alone. The paper has no public code: every `reading:` is ours and a flag.
+Inference uses the junior alone. The paper has no public code: the README lists what is our reading.
 """
 
 import argparse
@@ -29,9 +29,15 @@ from networks import BACKBONES, build_network, load_weights, upsample
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and SegKC's own; --backbone is the junior's, the one of inference."""
-    p = common.make_parser("segkc", __doc__.splitlines()[0])
+    p = common.make_parser(__file__, __doc__.splitlines()[0])
     a = p.add_argument_group("SegKC").add_argument
-    a("--junior", dest="backbone", choices=BACKBONES, default=argparse.SUPPRESS, help="--backbone")
+    a(
+        "--junior",
+        dest="backbone",
+        choices=BACKBONES,
+        default=argparse.SUPPRESS,
+        help="as --backbone",
+    )
     a("--senior", choices=BACKBONES, help="encoder of the senior")
     a("--senior-weights", help="like --weights, of the senior; unset: --weights")
     a("--lambda-cps", type=common.WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels")
@@ -172,6 +178,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- networks, optimizer: the junior first, so that its weights are those of other scripts
     nets, senior_weights = {}, args.senior_weights or args.weights
+    shared = args.senior_weights or args.weights in ("imagenet", "none")
+    if not shared and args.senior != args.backbone:
+        raise data.InputError(
+            f"--weights {args.weights}: a file of {args.backbone}; "
+            f"give --senior-weights too: imagenet, none or a file of {args.senior}"
+        )
     for name, backbone, weights in (
         ("junior", args.backbone, args.weights),
         ("senior", args.senior, senior_weights),

@@ -13,7 +13,7 @@ mixed views; valid is True where a crop holds image.
 
     torchrun --nproc_per_node=4 speed.py --split 1/16    # plain `python speed.py`: one GPU or none
 
-The paper has no public code: every reading is ours and a flag, and listed in the README.
+The paper has no public code: the README lists what is our reading, with its flag.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PAD_ENTROPY = -1.0  # entropy of a cell without image: below every real one
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and SPEED's own."""
-    p = common.make_parser("speed", __doc__.splitlines()[0])
+    p = common.make_parser(__file__, __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
     a = p.add_argument_group("SPEED").add_argument
     a("--grid", type=common.STEPS, default=4, help="n: EntropyMix cells a side")
@@ -174,7 +174,8 @@ def speed_step(
             valid_12 = cutmix(valid, box1), cutmix(valid, box2)
             h1, h2 = (cell_entropy(*v, args.grid) for v in zip(z_12, valid_12, strict=True))
             if args.pick == "random":
-                h1, h2 = coins(args, run, step), torch.full_like(h1, 0.5)
+                coin, empty = coins(args, run, step), (h1 < 0) | (h2 < 0)
+                h1, h2 = torch.where(empty, h1, coin), torch.where(empty, h2, 0.5)
             second = cells_to(pick_view(h1, h2, args.pick), u.shape[-2:])
         m, box_m = mixed_image(u1, u2, box1, box2, second)
 

@@ -28,7 +28,7 @@ def base(script: str, tmp: Path) -> list[str]:
     """The flags of a tiny run that works: each case spoils one thing of it."""
     flags = f"--dataset folder --root {tmp}/root --split full --crop-size 32 --batch-size 2 "
     flags += f"--iters 1 --backbone resnet18 --weights none --workers 0 --out {tmp}/out"
-    return (flags + " --senior resnet18" * (script == "segkc")).split()
+    return (flags + " --senior resnet18 --senior-weights none" * (script == "segkc")).split()
 
 
 @pytest.fixture(autouse=True)
@@ -316,6 +316,7 @@ def test_batch_that_the_ranks_cannot_share(
     script, world, batch, said, tmp_path, monkeypatch, capsys
 ):
     make_folder(tmp_path / "root")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(world))
     line = refused(script, [*base(script, tmp_path), "--batch-size", batch], capsys)
     assert said in line

@@ -348,7 +348,7 @@ def fake_source(name: str, train: int, fine: int = 0, val: int = 10) -> Source:
 
 @pytest.fixture
 def files_exist(monkeypatch):
-    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    monkeypatch.setattr("os.path.isfile", lambda path: True)
 
 
 VOC = {"name": "pascal", "train": 10582, "fine": 1464}

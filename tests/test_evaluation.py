@@ -150,3 +150,13 @@ def test_iou_of():
     miou, iou = common.iou_of(confusion)
     assert iou == [pytest.approx(30), pytest.approx(400 / 7), 0, None]
     assert miou == pytest.approx((30 + 400 / 7) / 3)
+
+
+def test_networks_of_two_grids_are_both_padded_for(source, net, monkeypatch):
+    """Guards: a vision transformer beside a CNN that gets images its patches do not cover."""
+    other, seen = procs.Tiny(4), []
+    monkeypatch.setattr(other.backbone, "grid", 14)
+    other.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
+    common.evaluate({"junior": net, "senior": other}, source, options(), CPU)
+    assert seen
+    assert all(h % 112 == w % 112 == 0 for h, w in seen)

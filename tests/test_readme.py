@@ -33,7 +33,7 @@ def commands() -> list[list[str]]:
 
 
 def shared_actions() -> dict[str, argparse.Action]:
-    parser = common.make_parser("x", "x")
+    parser = common.make_parser("x.py", "x")
     return {a.option_strings[0]: a for a in parser._actions}
 
 

@@ -6,6 +6,7 @@
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -220,6 +221,34 @@ def test_best_is_the_best_and_last_the_last(root, tmp_path, monkeypatch, capsys)
     assert "mIoU last 40.00 · best 50.00 at step 6" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_test_only_evaluates_as_the_run_did(root, tmp_path, capsys):
+    """Guards: windows of the preset's size in place of the run's: another mIoU of the same file."""
+    run("speed", procs.flags("speed", root, tmp_path, "--eval-mode slide --iters 4"))
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["eval"] == {"crop_size": 32, "eval_mode": "slide"}
+    argv = f"--dataset folder --root {root} --test-only {tmp_path / 'best.pt'}".split()
+    args = procs.SCRIPTS["speed"].parse_args(argv)
+    assert (args.crop_size, args.eval_mode) == (32, "slide")
+    assert procs.SCRIPTS["speed"].parse_args([*argv, "--crop-size", "64"]).crop_size == 64
+
+
+def test_a_finished_run_says_so(root, tmp_path, capsys):
+    """Guards: a run of edited code that prints the old code's result without a word."""
+    argv = procs.flags("speed", root, tmp_path, "--iters 2")
+    run("speed", argv)
+    assert "finished before" not in capsys.readouterr().out
+    run("speed", argv)
+    assert "finished before, nothing is trained" in capsys.readouterr().out
+
+
+def test_a_world_size_alone_starts_no_group(monkeypatch):
+    """Guards: a quarter of a batch, as a cluster's template exports WORLD_SIZE."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert common.rank_world() == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    assert common.rank_world() == (2, 4)
+
+
 @pytest.mark.parametrize("more", ["", "--overwrite"])
 def test_two_processes_do_not_share_a_folder(more, root, tmp_path):
     """Guards: a command that is started twice, each spoiling what the other saves."""
@@ -340,7 +369,7 @@ def test_finished_run_prints_its_last_line(script, root, finished, monkeypatch, 
     text, (best, step, last) = capsys.readouterr().out, line["best"]
     end = f"mIoU last {last:.2f} · best {best:.2f} at step {step} · {out}"
     assert text.splitlines()[-1] == end
-    assert "train" not in text
+    assert not re.search(r"^train ", text, re.M)
     assert contents(out) == before
 
 

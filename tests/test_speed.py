@@ -362,10 +362,10 @@ def two_steps(args: object, batches: list[dict], net: torch.nn.Module) -> list[d
                         p = torch.where(p > 0, -p * p.log(), 0).sum(-1)[kept]
                         h.append(p.mean().item())  # nan where there is no image
                     take = h[1] > h[0] if args.pick == "max" else h[1] < h[0]
-                    if math.isnan(h[0]) or math.isnan(h[1]):
-                        take = math.isnan(h[0]) and not math.isnan(h[1])
                     if args.pick == "random":
                         take = data.rng(args.seed, "coin", step, b).random((n, n))[i, j] < 0.5
+                    if math.isnan(h[0]) or math.isnan(h[1]):
+                        take = math.isnan(h[0]) and not math.isnan(h[1])
                     second[cell] = bool(take) and args.entropy_mix
                     picked.add(bool(take))
 
