@@ -116,7 +116,8 @@ def parse(
         preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
         preset |= method.get("all", {}) | method.get(dataset, {})
         if isinstance(saved.get("eval"), dict):  # as best.pt was evaluated
-            preset |= {k: saved["eval"].get(k) for k in ("crop_size", "eval_mode")}
+            # as text, so that argparse checks it like a flag
+            preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode")}
         p.set_defaults(dataset=dataset, **preset)
     return p.parse_args(argv)
 
@@ -350,14 +351,13 @@ def save_predictions(folder: Path) -> Callable[[dict, Tensor], None]:
     return write
 
 
-def check_crop(net: Segmenter, crop: object) -> None:
+def check_crop(net: Segmenter, crop: int) -> None:
     """InputError unless crops, and windows, are of a size that the network takes."""
     patch = net.backbone.patch
-    if not isinstance(crop, int) or crop < 32 or crop % patch:
-        least = -(-max(crop, 32) // patch) * patch if isinstance(crop, int) else 32 * patch
+    if crop < 32 or crop % patch:
         raise InputError(
             f"--crop-size {crop}: {net.config['backbone']} needs at least 32 pixels and a "
-            f"multiple of {patch}, e.g. {least}"
+            f"multiple of {patch}, e.g. {-(-max(crop, 32) // patch) * patch}"
         )
 
 
@@ -541,7 +541,7 @@ class Run:
                     f"{found[0]}: not of this script ({reason}); give another --out or --overwrite"
                 ) from None
         if step == args.iters:
-            self.say(f"{out}: finished before, nothing is trained; --overwrite starts anew")
+            self.say(f"{out}: finished before, no step is left; --overwrite starts anew")
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 may now overwrite
         self.since = step
