@@ -65,3 +65,18 @@ def test_camvid(tmp_path):
     assert (raw == 11).any()
     assert np.array_equal(mask, np.where(raw == 11, 255, raw))
     assert call(HERE / "camvid.py", tmp_path, tmp_path / "out").returncode == 1
+    assert call(HERE / "camvid.py", source, tmp_path / "half", 2).returncode == 0
+    half = data.load_source("folder", tmp_path / "half")
+    assert data.check(half) == []
+    image = np.asarray(data.read_image(half.val[1]))
+    full = np.asarray(data.read_image(made.val[1]), float)
+    small = full.reshape(20, 2, 24, 2, 3).mean((1, 3))
+    assert np.abs(image - small).max() <= 1
+    small = np.asarray(Image.open(half.val[1].mask))
+    assert small.shape == image.shape[:2]
+    # each cell has one of its four ids
+    assert (
+        (small[..., None] == mask.reshape(20, 2, 24, 2).transpose(0, 2, 1, 3).reshape(20, 24, 4))
+        .any(2)
+        .all()
+    )
