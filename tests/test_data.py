@@ -1268,6 +1268,13 @@ def test_download_needs_scipy(tmp_path, monkeypatch):
         command(monkeypatch, "--dataset", "pascal", "--root", tmp_path, "--download")
 
 
+def test_download_is_of_voc_alone(tmp_path, monkeypatch):
+    """Guards: VOC fetched under the root of another data set."""
+    monkeypatch.setattr(data, "download", lambda root: pytest.fail("fetched"))
+    with pytest.raises(InputError, match="fetches VOC alone; folder"):
+        command(monkeypatch, "--dataset", "folder", "--root", tmp_path, "--download")
+
+
 def test_download_merges_the_masks(tmp_path, monkeypatch):
     """Both archives faked: VOC's masks as they are, SBD's for the other images but val."""
     import torchvision.datasets

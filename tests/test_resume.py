@@ -3,6 +3,7 @@
 `KILLS=20 pytest tests/test_resume.py -k killed` kills runs of 40 steps 20 times for each method.
 """
 
+import argparse
 import hashlib
 import os
 import random
@@ -237,6 +238,8 @@ def test_a_world_size_alone_starts_no_group(monkeypatch):
     """Guards: a quarter of a batch, as a cluster's template exports WORLD_SIZE."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert common.rank_world() == (0, 1)
+    common.start_process(argparse.Namespace(dataset="shapes", workers=0, amp="off", seed=0))
+    assert not torch.distributed.is_initialized()
     monkeypatch.setenv("RANK", "2")
     assert common.rank_world() == (2, 4)
 
