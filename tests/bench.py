@@ -44,6 +44,8 @@ MODULES = dict(speed=speed, mkd=mkd, segkc=segkc)
 CLASSES, STEP, ITERS = 21, 500, 1000  # classes of VOC; the middle of a run
 UNITS = dict(speed=" (≤ 3.3)", mkd=" (≤ 5.8)", segkc="")  # targets, see setup
 CUDA = torch.cuda.is_available()
+# glibc: give nothing back, else what runs in turns pays for the memory that the other one freed
+KEEP = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -110,7 +112,8 @@ def peak(name: str, opts: argparse.Namespace) -> int:
     """
     flags = "backbone junior crop_size batch_size amp".split()
     words = [f"--{f.replace('_', '-')}={getattr(opts, f)}" for f in flags if getattr(opts, f)]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": "0"}
+    env = {k: v for k, v in os.environ.items() if k not in KEEP}
+    env |= {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": "0"}
     words = [sys.executable, __file__, f"--peak={name}", *words]
     return int(subprocess.check_output(words, env=env))
 
@@ -142,6 +145,7 @@ def start(method: str, opts: argparse.Namespace, *more: str) -> common.Run:
     flags += f" --iters {ITERS} --crop-size {opts.crop_size} --batch-size {opts.batch_size}"
     pair = f" --senior {opts.backbone} --junior {opts.junior}"
     flags += pair if method == "segkc" else f" --backbone {opts.backbone}"
+    flags += " --teacher-mode train" * (method == "mkd")  # the default but on shapes
     flags += f" --amp {opts.amp}" if opts.amp else ""
     with contextlib.redirect_stdout(io.StringIO()):
         return common.Run(MODULES[method].parse_args([*flags.split(), *more]))
@@ -429,6 +433,8 @@ def machine() -> str:
 
 def main() -> None:
     opts = make_parser().parse_args()
+    if not CUDA and not opts.peak and KEEP.items() - os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
     large = CUDA or opts.fa
     opts.backbone = opts.backbone or ("resnet101" if large else "resnet50")
     opts.crop_size = opts.crop_size or (321 if large else 161)

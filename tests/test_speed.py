@@ -24,6 +24,8 @@ from helpers import (
     supervised,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import speed
@@ -304,6 +306,28 @@ def test_padded_cells_are_no_row_and_no_column():
     assert speed.relation_loss(f_t, other, valid).item() == pytest.approx(loss.item(), rel=1e-6)
     assert f_m.grad[:, :, :8].any()
     assert not f_m.grad[:, :, 8:].any()
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the bytes of the largest tensor that any op, forward or backward, gives out."""
+
+    most = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            self.most = max(self.most, t.nbytes if isinstance(t, Tensor) else 0)
+        return out
+
+
+def test_relation_loss_is_small_at_crop_801():
+    """Guards: relations between all 201 x 201 features of an image, 6.5 GB; N is 51 x 51."""
+    f_t, f_m = torch.rand(2, 1, 64, 201, 201)
+    f_m.requires_grad_()
+    with Largest() as largest:
+        speed.relation_loss(f_t, f_m, torch.ones(1, 801, 801, dtype=torch.bool)).backward()
+    assert f_m.grad.abs().sum() > 0
+    assert largest.most == 4 * 51**4 < 64e6
 
 
 def test_relation_loss_of_identical_features_is_zero():
