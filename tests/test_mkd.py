@@ -442,7 +442,7 @@ def test_student_targets_are_hard_detached_and_the_other_students():
 
 VARIANTS = {
     "all flags": "--threshold {tau} --ema 0.3 --lambda-st 0.7 --lambda-ss 2 --lambda0 3 "
-    "--teacher-mode train",
+    "--teacher-mode train --fa all",
     "students only, padding kept": "--fa students --keep-padding --iters 1 --threshold 0 "
     "--teacher-mode train",
     "no augmentation": "--fa none --ramp 1 --threshold 0 --teacher-mode train",
@@ -574,7 +574,7 @@ def test_each_network_is_augmented_by_its_own_weight_and_statistics(tmp_path, mo
         return original(net, stats, z, f, known)
 
     monkeypatch.setattr(mkd, "augment_network", record)
-    run_main(mkd, [*TINY, "--lr", "0.1"], tmp_path)
+    run_main(mkd, [*TINY, *"--fa all --lr 0.1".split()], tmp_path)
     first, second = calls[:4], calls[4:]
     assert len({id(net) for net, *_ in first}) == len({id(stats) for _, stats, _ in first}) == 4
     assert [c[:2] for c in second] == [c[:2] for c in first]
