@@ -477,9 +477,11 @@ class Run:
     def optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
         """SGD with momentum 0.9 or AdamW over the script's parameter groups."""
         groups = [g | {"initial_lr": g["lr"]} for g in groups]
+        more = {"weight_decay": self.args.weight_decay}
+        more["fused"] = self.args.amp != "fp16"  # on CPU it would not skip what the scaler skips
         if self.args.optimizer == "adamw":
-            return torch.optim.AdamW(groups, weight_decay=self.args.weight_decay)
-        return torch.optim.SGD(groups, momentum=0.9, weight_decay=self.args.weight_decay)
+            return torch.optim.AdamW(groups, **more)
+        return torch.optim.SGD(groups, momentum=0.9, **more)
 
     def supervised(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
         """The loss of --labeled-only: L = CE(model(x), y), or OHEM."""
