@@ -60,7 +60,7 @@ _VOC = _CNN | dict(crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult
 _CITY = dict(crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1.0, threshold=0.0)
 _CITY |= dict(sup_loss="ohem", eval_mode="slide")
 _SHAPES = dict(backbone="resnet18", weights="none", optimizer="adamw", lr=1e-3, head_lr_mult=1.0)
-_SHAPES |= dict(crop_size=64, batch_size=8, epochs=8, scale=(0.8, 1.25), ramp=0.5)
+_SHAPES |= dict(crop_size=64, batch_size=8, epochs=7, scale=(0.8, 1.25), ramp=0.5)
 _SHAPES |= dict(eval_every=120)
 PRESETS = dict(pascal=_VOC, folder=_VOC, cityscapes=_CNN | _CITY, shapes=_CNN | _SHAPES)
 _VIT = dict(optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, threshold=0.95)
