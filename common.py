@@ -477,8 +477,8 @@ class Run:
     def optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
         """SGD with momentum 0.9 or AdamW over the script's parameter groups."""
         groups = [g | {"initial_lr": g["lr"]} for g in groups]
-        more = {"weight_decay": self.args.weight_decay}
-        more["fused"] = self.args.amp != "fp16"  # on CPU it would not skip what the scaler skips
+        # on CPU a fused step would not skip what the scaler skips; None, not False: torch's choice
+        more = dict(weight_decay=self.args.weight_decay, fused=self.args.amp != "fp16" or None)
         if self.args.optimizer == "adamw":
             return torch.optim.AdamW(groups, **more)
         return torch.optim.SGD(groups, momentum=0.9, **more)

@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # From scratch a network's own batch is a poor normaliser, and most first labels are wrong. In
     # eval mode the first features are wild (running statistics are cold) and would stay in Sigma.
     small = dict(teacher_mode="eval", fa="students", threshold=0.95, lambda_ss=0.3)
-    small |= dict(batch_size=4, epochs=5)  # 600 steps, 8 minutes on 2 cores
+    small |= dict(batch_size=4, epochs=5)  # 600 steps
     return common.parse(p, argv, all=dict(threshold=0.0), shapes=small)
 
 
