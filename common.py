@@ -800,7 +800,9 @@ def save_file(state: dict, path: Path, keep: Path | None = None) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         reason = str(e).splitlines()[0]
-        raise RunError(f"{path}: cannot be saved ({reason}); the one before is intact") from None
+        raise RunError(
+            f"{path}: cannot be saved ({reason}); is the disk full? What was saved before is intact"
+        ) from None
 
 
 def launch(main: Callable[[], None]) -> None:
