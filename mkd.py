@@ -145,14 +145,15 @@ def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: flo
 def augment_network(
     net: nn.Module, stats: ClassStatistics, z: Tensor, f: Tensor, known: tuple
 ) -> Tensor:
-    """z~ of a network: updates its statistics with f [B, A, h, w], then augments z [B, C, h, w].
+    """z~ of a network: updates its statistics with f, then augments z [B, C, h, w].
 
-    `known` = (y, valid, strength). The first images are labelled, y [B_x, h, w]; pixels of the
-    others have the class that z itself says; what is not valid [B, h, w] takes no part.
+    f [B, A, 2h, 2w] becomes 2x2 means like z. `known` = (y, valid, strength). The first images are
+    labelled, y [B_x, h, w]; pixels of the others have the class that z itself says; what is not
+    valid [B, h, w] takes no part.
     """
     y, valid, strength = known
     label = torch.cat([y, z[len(y) :].detach().argmax(1)]).where(valid, data.IGNORE)
-    stats.update(f.detach(), label)
+    stats.update(F.avg_pool2d(f.detach(), 2), label)
     return augment(z, label, net.classifier.weight, stats.var, strength)
 
 
@@ -232,11 +233,14 @@ def mkd_step(
         common.supervised_loss(upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss) for z in z_s
     )
 
-    # z~ of each network; labelled pixels have class y, others the network's un-augmented argmax
-    size = z_s1.shape[-2:]
+    # The rest at half of the stride-4 resolution (2x2 means), labelled and unlabelled together
+    z_s, z_t = ([F.avg_pool2d(z, 2) for z in zs] for zs in (z_s, z_t))
+    size = z_s[0].shape[-2:]
     valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], m)]) | args.keep_padding
-    y_4 = F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long()
-    known = (y_4, common.resize_mask(valid, size), strength)
+    valid = common.resize_mask(valid, size)
+
+    # z~ of each network; labelled pixels have class y, others the network's un-augmented argmax
+    known = (F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long(), valid, strength)
     z_aug_s, z_aug_t = z_s, z_t
     if args.fa != "none":
         networks = zip(students, stats[:2], z_s, f_s, strict=True)
@@ -245,17 +249,15 @@ def mkd_step(
         networks = zip(teachers, stats[2:], z_t, f_t, strict=True)
         z_aug_t = [augment_network(*network, known) for network in networks]
 
-    # L_st, L_ss at half of the stride-4 resolution, over labelled and unlabelled pixels
-    z_aug_s, z_aug_t, z_t = ([F.avg_pool2d(z, 2) for z in zs] for zs in (z_aug_s, z_aug_t, z_t))
+    # L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1), L_ss = CE(z~_S1, t_S2) + CE(z~_S2, t_S1)
     t_t = [z.argmax(1) for z in z_aug_t]
     keep_t = [z.softmax(1).amax(1) >= args.threshold for z in z_t]
-    valid_8 = common.resize_mask(valid, t_t[0].shape[-2:])
-    loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, valid_8)
+    loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, valid)
 
     # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
     unlabeled = args.lambda_st * loss_st + args.lambda_ss * loss_ss
     loss = loss_sup1 + loss_sup2 + run.ramp(step) * unlabeled
-    confident = masked_mean(torch.stack(keep_t).float().mean(0), valid_8, valid_8)
+    confident = masked_mean(torch.stack(keep_t).float().mean(0), valid, valid)
     terms = {"loss": loss, "L_sup1": loss_sup1, "L_sup2": loss_sup2}
     return terms | {"L_st": loss_st, "L_ss": loss_ss, "confident": confident}
 

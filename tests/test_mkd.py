@@ -490,7 +490,8 @@ def first_steps(
         z_s, f_s = ([b[k] for b in both] for k in ("z_4", "f"))
         sup = [supervised(bilinear(z[:2], y.shape[-2:]), y) for z in z_s]
 
-        y_4, valid_4 = (nearest(a, z_s[0].shape[-2:]) for a in (y, valid))
+        z_s, z_t, f_s, f_t = ([half(v) for v in maps] for maps in (z_s, z_t, f_s, f_t))
+        y_8, valid_8 = (nearest(a, z_s[0].shape[-2:]) for a in (y, valid))
         z_aug = []
         for k, (net, z, f) in enumerate(
             zip([*students, *teachers], [*z_s, *z_t], [*f_s, *f_t], strict=True)
@@ -498,8 +499,8 @@ def first_steps(
             if args.fa == "none" or (args.fa == "students" and k > 1):
                 z_aug.append(z)
                 continue
-            label = torch.cat([y_4, z[2:].argmax(1)])
-            label[~valid_4] = 255
+            label = torch.cat([y_8, z[2:].argmax(1)])
+            label[~valid_8] = 255
             seen[k].append((f.detach(), label))
             var = torch.zeros(6, 256)
             for c in range(6):
@@ -507,9 +508,8 @@ def first_steps(
                 var[c] = torch.from_numpy(pixels.var(0)) if len(pixels) else 0.0
             z_aug.append(augmented_directly(z, label, net.classifier.weight, var, lam))
 
-        z1, z2, t1, t2 = (half(z) for z in z_aug)
-        c1, c2 = (half(z).softmax(1).amax(1) for z in z_t)
-        valid_8 = nearest(valid, z1.shape[-2:])
+        z1, z2, t1, t2 = z_aug
+        c1, c2 = (z.softmax(1).amax(1) for z in z_t)
         tau = between(torch.stack([c1, c2])[:, valid_8]) if tau is None else tau
         threshold = tau if args.threshold is None else args.threshold
         k1, k2, n = c1 >= threshold, c2 >= threshold, int(valid_8.sum())
@@ -568,9 +568,9 @@ def test_each_network_is_augmented_by_its_own_weight_and_statistics(tmp_path, mo
     original, calls = mkd.augment_network, []
 
     def record(net: nn.Module, stats: nn.Module, z: Tensor, f: Tensor, known: tuple) -> Tensor:
-        # mixing commutes with a 1x1 convolution: only the network's own weight makes z from f
+        # mixing and means commute with a 1x1 convolution: only the own weight makes z from f
         with torch.no_grad():
-            calls.append((net, stats, (net.classifier(f) - z).abs().max().item()))
+            calls.append((net, stats, (net.classifier(half(f)) - z).abs().max().item()))
         return original(net, stats, z, f, known)
 
     monkeypatch.setattr(mkd, "augment_network", record)
