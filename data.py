@@ -474,7 +474,7 @@ def weak_view(
     scale: tuple[float, float],
     r: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int, int, int]]:
-    """Random scale, crop, flip (u, and x with y, in the notes). Only the crop is resampled.
+    """Random scale, crop, flip (u; x with its y). Only the crop is resampled.
 
     Returns [crop, crop, 3] uint8, the label [crop, crop] uint8 (None without mask; 255 = padding),
     and the rectangle (top, left, bottom, right) that holds image, the rest being padding.

@@ -13,7 +13,8 @@ z logits, z~ augmented logits (`z_aug`), f features; suffixes _s1 _s2 students, 
 
     torchrun --nproc_per_node=4 mkd.py --split 1/16 --batch-size 16      # or python mkd.py
 
-Inference uses S1 alone. The README lists departures from the released code.
+Inference uses S1 alone. "(step n)" is row n of the README's table, which is followed by a list of
+departures from the released code.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = common.make_parser(__file__, __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
     a = p.add_argument_group("MKD").add_argument
-    a("--ema", type=common.SHARE, default=0.6, help="the most that m, a teacher's memory, becomes")
+    a("--ema", type=common.SHARE, default=0.6, help="upper limit of the teachers' momentum m")
     a("--lambda-st", type=common.WEIGHT, default=1.5, help="weight of L_st, from the teachers")
     a("--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students")
     a("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
@@ -59,8 +60,8 @@ def update_teacher(
 ) -> None:
     """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), at the start of step t from 1.
 
-    Parameters in float32; at t = 1 it becomes a copy. Batch norm in `mode` "train", as released:
-    of each batch, with statistics of its own; in "eval": by the student's running statistics.
+    Parameters in float32; at t = 1 it becomes a copy. `mode` "train", as released: batch norm is by
+    the batch, with running statistics of its own; "eval": by the student's running statistics.
     """
     m = min(1 - 1 / t, ema)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - m)
@@ -205,7 +206,7 @@ def mkd_step(
 
     `model` is Students(*students), in DDP if there are ranks; `stats` has S1, S2, T1, T2 in order.
     """
-    # t from 1; lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
+    # t from 1; lambda(t) = lambda0 (1 - cos(pi t / T)) / 2 (step 9)
     t, n_x = step + 1, len(batch["x"])
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
     x, y, u = data.normalize(batch["x"]), batch["y"], data.normalize(batch["u"])
@@ -214,7 +215,7 @@ def mkd_step(
     m = mix_mask(run.put(torch.tensor(boxes)), args.crop_size)
 
     with torch.no_grad():
-        # Teachers see x and u; their logits and features are mixed like the image.
+        # Teachers see x and u; their logits and features are mixed like the image (steps 2 to 4).
         z_t, f_t = [], []
         for teacher, student in zip(teachers, students, strict=True):
             update_teacher(teacher, student, t, args.ema, args.teacher_mode)
@@ -223,23 +224,23 @@ def mkd_step(
             z_t.append(torch.cat([z[:n_x], mix(z[n_x:], m)]).float())
             f_t.append(torch.cat([f[:n_x], mix(f[n_x:], m)]))
 
-    # Students see x and u_mix = M * u1 + (1 - M) * u1[pi]
+    # Students see x and u_mix = M * u1 + (1 - M) * u1[pi] (step 4)
     with run.autocast():
         (z_s1, f_s1, _), (z_s2, f_s2, _) = model(torch.cat([x, mix(u1, m)]))
     z_s, f_s = [z_s1.float(), z_s2.float()], [f_s1, f_s2]
 
-    # L_sup,i = CE(S_i(x), y) at full resolution
+    # L_sup,i = CE(S_i(x), y) at full resolution (step 5)
     loss_sup1, loss_sup2 = (
         common.supervised_loss(upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss) for z in z_s
     )
 
-    # The rest at half of the stride-4 resolution (2x2 means), labelled and unlabelled together
+    # The rest, labelled and unlabelled together, at half of the stride-4 resolution (step 6)
     z_s, z_t = ([F.avg_pool2d(z, 2) for z in zs] for zs in (z_s, z_t))
     size = z_s[0].shape[-2:]
     valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], m)]) | args.keep_padding
     valid = common.resize_mask(valid, size)
 
-    # z~ of each network; labelled pixels have class y, others the network's un-augmented argmax
+    # z~ of each network; labelled pixels have class y, others its own argmax (steps 7 to 10)
     known = (F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long(), valid, strength)
     z_aug_s, z_aug_t = z_s, z_t
     if args.fa != "none":
@@ -249,12 +250,12 @@ def mkd_step(
         networks = zip(teachers, stats[2:], z_t, f_t, strict=True)
         z_aug_t = [augment_network(*network, known) for network in networks]
 
-    # L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1), L_ss = CE(z~_S1, t_S2) + CE(z~_S2, t_S1)
+    # L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1), L_ss = CE(z~_S1, t_S2) + ... (steps 11 to 13)
     t_t = [z.argmax(1) for z in z_aug_t]
     keep_t = [z.softmax(1).amax(1) >= args.threshold for z in z_t]
     loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, valid)
 
-    # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
+    # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss (step 14)
     unlabeled = args.lambda_st * loss_st + args.lambda_ss * loss_ss
     loss = loss_sup1 + loss_sup2 + run.ramp(step) * unlabeled
     confident = masked_mean(torch.stack(keep_t).float().mean(0), valid, valid)
