@@ -145,7 +145,7 @@ def segkc_step(
     # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
     loss_sup = 0.5 * sum(common.supervised_loss(z, y, args.sup_loss) for z in (z_s_x, z_j_x))
 
-    # L_cps = 1/2 [M(CE(z_S(u_mix), y_hat_J), c_J >= tau) + M(CE(z_J(u_mix), y_hat_S), c_S >= tau)]
+    # L_cps = 1/2 [M(CE(z_S, y_hat_J), c_J >= tau) + M(CE(z_J, y_hat_S), c_S >= tau)] (step 5)
     cps_s = cps_loss(z_s_u, y_hat["junior"], c["junior"], valid_u, args.threshold)
     cps_j = cps_loss(z_j_u, y_hat["senior"], c["senior"], valid_u, args.threshold)
     loss_cps = 0.5 * (cps_s + cps_j)

@@ -15,7 +15,7 @@ mixed views; valid is True where a crop holds image.
 
 The paper has no public code: the README lists what is our reading, with its flag; "(step n)" is row
 n of its table. Measured on the built-in shapes: 54.6 mIoU, labelled-only 48.7 (--epochs 8: 480
-steps, 3 seeds), a baseline that a higher --lr lifts as far: see the README.
+steps, 3 seeds), a baseline that a higher --lr lifts, too: see the README.
 """
 
 import argparse
