@@ -40,14 +40,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--ema", type=common.SHARE, default=0.6, help="upper limit of the teachers' momentum m")
     a("--lambda-st", type=common.WEIGHT, default=1.5, help="weight of L_st, from the teachers")
     a("--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students")
+    a("--threshold-ss", type=common.SHARE, default=0.0, help="tau of L_ss, as --threshold of L_st")
     a("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
     a("--lambda0", type=common.WEIGHT, default=1.5, help="strength of the augmentation at the end")
     a("--keep-padding", action=flag, default=False, help="padding takes part, as in released code")
     a("--teacher-mode", choices=("train", "eval"), default="train", help="teachers' batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
     # augmentation took more than it gave in pilot runs.
-    small = dict(teacher_mode="eval", fa="none", threshold=0.95, lambda_ss=0.3)
-    small |= dict(batch_size=4, lr=2e-3, epochs=4)  # 480 steps
+    small = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95, epochs=4)
     return common.parse(p, argv, all=dict(threshold=0.0), shapes=small)
 
 
@@ -159,13 +159,13 @@ def augment_network(
 
 
 def mutual_losses(
-    z_s: list[Tensor], t_t: list[Tensor], keep_t: list[Tensor], valid: Tensor
+    z_s: list[Tensor], t_t: list[Tensor], keep_t: list[Tensor], keep_s: list[Tensor], valid: Tensor
 ) -> tuple[Tensor, Tensor]:
     """L_st and L_ss over valid pixels; lists hold networks 1 and 2; z_s [B, C, h, w]: students' z~.
 
     L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1): a student learns from the other student's teacher.
     L_ss = CE(z~_S1, t_S2) + CE(z~_S2, t_S1), t_Si = argmax z~_Si: the students teach each other.
-    `keep_t` [B, h, w]: where a teacher is confident enough, L_st only.
+    `keep_t`, `keep_s` [B, h, w]: where a teacher is confident enough for L_st, a student for L_ss.
     """
     t_s = [z.detach().argmax(1) for z in z_s]
     loss_st = loss_ss = 0
@@ -173,7 +173,7 @@ def mutual_losses(
         log_p = z_s[i].log_softmax(1)
         st, ss = (F.nll_loss(log_p, t[other], reduction="none") for t in (t_t, t_s))
         loss_st = loss_st + masked_mean(st, keep_t[other] & valid, valid)
-        loss_ss = loss_ss + masked_mean(ss, valid, valid)
+        loss_ss = loss_ss + masked_mean(ss, keep_s[other] & valid, valid)
     return loss_st, loss_ss
 
 
@@ -253,7 +253,8 @@ def mkd_step(
     # L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1), L_ss = CE(z~_S1, t_S2) + ... (steps 11 to 13)
     t_t = [z.argmax(1) for z in z_aug_t]
     keep_t = [z.softmax(1).amax(1) >= args.threshold for z in z_t]
-    loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, valid)
+    keep_s = [z.detach().softmax(1).amax(1) >= args.threshold_ss for z in z_s]
+    loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, keep_s, valid)
 
     # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss (step 14)
     unlabeled = args.lambda_st * loss_st + args.lambda_ss * loss_ss

@@ -46,7 +46,8 @@ def drawn_labels(*shape: int, classes: int, seed: int = 0, ignored: float = 0.2)
 def test_the_flags_default_to_the_released_values():
     args = mkd.parse_args(["--dataset", "pascal"])
     assert (args.ema, args.lambda_st, args.lambda_ss, args.lambda0) == (0.6, 1.5, 1.0, 1.5)
-    assert (args.fa, args.threshold, args.keep_padding) == ("all", 0.0, False)
+    assert (args.threshold, args.threshold_ss) == (0.0, 0.0)
+    assert (args.fa, args.keep_padding) == ("all", False)
     assert args.teacher_mode == "train"
     assert not args.ramp
 
@@ -358,53 +359,53 @@ def test_gradient_of_the_augmented_ce():
 # ------------------------------------------------------------------------------ mutual losses
 
 
-def losses_by_hand(z: list, t: list, keep: list, valid: Tensor) -> tuple[float, float]:
+def losses_by_hand(
+    z: list, t: list, keep: list, keep_s: list, valid: Tensor
+) -> tuple[float, float]:
     """L_st and L_ss with every index written out."""
     z1, z2 = z
     t_s1, t_s2 = (a.argmax(1) for a in z)
     t_t1, t_t2 = t
     n = max(int(valid.sum()), 1)
     st = ce_sum(z1, t_t2, valid & keep[1]) / n + ce_sum(z2, t_t1, valid & keep[0]) / n
-    ss = ce_sum(z1, t_s2, valid) / n + ce_sum(z2, t_s1, valid) / n
+    ss = ce_sum(z1, t_s2, valid & keep_s[1]) / n + ce_sum(z2, t_s1, valid & keep_s[0]) / n
     return st.item(), ss.item()
 
 
-def mutual_case(seed: int = 0) -> tuple[list, list, list, Tensor]:
+def mutual_case(seed: int = 0) -> tuple[list, list, list, list, Tensor]:
     z = [draw(2, 5, 4, 3, seed=seed + k) for k in range(2)]
     t = [drawn_labels(2, 4, 3, classes=5, seed=seed + k, ignored=0) for k in range(2)]
     keep = [draw(2, 4, 3, seed=seed + 5 + k) > (-1, 1)[k] for k in range(2)]
-    return z, t, keep, draw(2, 4, 3, seed=seed + 9) > -1
+    keep_s = [draw(2, 4, 3, seed=seed + 7 + k) > (0.5, -0.5)[k] for k in range(2)]
+    return z, t, keep, keep_s, draw(2, 4, 3, seed=seed + 9) > -1
 
 
 @pytest.mark.parametrize(
-    "case", ["some", "all", "no confident pixel", "nothing valid", "one class"]
+    "case", ["some", "all", "no confident teacher", "no confident student", "nothing valid"]
 )
 def test_mutual_losses(case: str):
-    z, t, keep, valid = mutual_case()
-    if case in ("all", "no confident pixel"):
+    z, t, keep, keep_s, valid = mutual_case()
+    if case in ("all", "no confident teacher"):
         keep = [torch.full_like(k, case == "all") for k in keep]
-        valid = torch.ones_like(valid)
-    elif case == "nothing valid":
-        valid = torch.zeros_like(valid)
-    elif case == "one class":
-        t = [torch.full_like(a, 2) for a in t]
-    found = [a.item() for a in mkd.mutual_losses(z, t, keep, valid)]
-    mine = losses_by_hand(z, t, keep, valid)
-    np.testing.assert_allclose(found, mine, **F64)
-    if case == "no confident pixel":
-        assert found[0] == 0, "L_st has the threshold"
-        assert found[1] > 0, "L_ss has none"
+    if case in ("all", "no confident student"):
+        keep_s = [torch.full_like(k, case == "all") for k in keep_s]
+    if case in ("all", "nothing valid"):
+        valid = torch.full_like(valid, case == "all")
+    found = [a.item() for a in mkd.mutual_losses(z, t, keep, keep_s, valid)]
+    np.testing.assert_allclose(found, losses_by_hand(z, t, keep, keep_s, valid), **F64)
+    assert (found[0] == 0) == (case in ("no confident teacher", "nothing valid"))
+    assert (found[1] == 0) == (case in ("no confident student", "nothing valid"))
 
 
 def test_a_student_learns_from_the_others_teacher_and_from_the_other_student():
     """What each network's targets reach: gradients and values, pair by pair."""
-    z, t, keep, valid = mutual_case(seed=50)
+    z, t, keep, keep_s, valid = mutual_case(seed=50)
     keep, valid = [torch.ones_like(k) for k in keep], torch.ones_like(valid)
 
     def terms(z: list, t: list, keep: list) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """L_st, L_ss and the gradients of L_st on student 1 and 2."""
         z = [a.clone().requires_grad_() for a in z]
-        st, ss = mkd.mutual_losses(z, t, keep, valid)
+        st, ss = mkd.mutual_losses(z, t, keep, keep_s, valid)
         return st.item(), ss.item(), *torch.autograd.grad(st, z)
 
     st, ss, g1, g2 = terms(z, t, keep)
@@ -420,7 +421,7 @@ def test_a_student_learns_from_the_others_teacher_and_from_the_other_student():
         doubtful = list(keep)
         doubtful[which] = ~keep[which]
         st_new, ss_new, h1, h2 = terms(z, t, doubtful)
-        assert ss_new == ss, "L_ss has no threshold"
+        assert ss_new == ss, "L_ss asks no teacher how sure it is"
         mine, others = ((g1, h1), (g2, h2))[:: 1 if which == 0 else -1]
         assert torch.equal(*mine)
         assert not others[1].any(), "the confidence is of the teacher that gives the label"
@@ -428,25 +429,26 @@ def test_a_student_learns_from_the_others_teacher_and_from_the_other_student():
 
 def test_student_targets_are_hard_detached_and_the_other_students():
     """dL_ss/dz_1 = (softmax z_1 - onehot argmax z_2) / n: nothing through the targets."""
-    z, t, keep, valid = mutual_case(seed=70)
+    z, t, keep, keep_s, valid = mutual_case(seed=70)
     z = [a.requires_grad_() for a in z]
-    ss = mkd.mutual_losses(z, t, keep, valid)[1]
-    for g, own, other in zip(torch.autograd.grad(ss, z), z, z[::-1], strict=True):
+    ss = mkd.mutual_losses(z, t, keep, keep_s, valid)[1]
+    gradients = torch.autograd.grad(ss, z)
+    for g, own, other, sure in zip(gradients, z, z[::-1], keep_s[::-1], strict=True):
         e = own.detach().exp()
         onehot = torch.zeros_like(own).scatter_(1, other.argmax(1, keepdim=True), 1.0)
-        mine = (e / e.sum(1, keepdim=True) - onehot) / valid.sum() * valid[:, None]
+        mine = (e / e.sum(1, keepdim=True) - onehot) / valid.sum() * (valid & sure)[:, None]
         torch.testing.assert_close(g, mine.detach(), **F64)
 
 
 # ---------------------------------------------------------------------- first steps recomputed
 
 VARIANTS = {
-    "all flags": "--threshold {tau} --ema 0.3 --lambda-st 0.7 --lambda-ss 2 --lambda0 3 "
-    "--teacher-mode train --fa all",
+    "all flags": "--threshold {tau} --threshold-ss {tau_s} --ema 0.3 --lambda-st 0.7 --lambda-ss 2 "
+    "--lambda0 3 --teacher-mode train --fa all",
     "students only, padding kept": "--fa students --keep-padding --iters 1 --threshold 0 "
-    "--teacher-mode train",
-    "no augmentation": "--fa none --ramp 1 --threshold 0 --teacher-mode train",
-    "teachers in eval mode": "--fa none --threshold 0 --teacher-mode eval",
+    "--threshold-ss 0 --teacher-mode train",
+    "no augmentation": "--fa none --ramp 1 --threshold 0 --threshold-ss 0 --teacher-mode train",
+    "teachers in eval mode": "--fa none --threshold 0 --threshold-ss 0 --teacher-mode eval",
 }
 
 
@@ -457,13 +459,13 @@ def half(z: Tensor) -> Tensor:
 
 def first_steps(
     args: object, batches: list[dict], students: list, teachers: list
-) -> tuple[list[dict[str, float]], list[list], float]:
+) -> tuple[list[dict[str, float]], list[list], tuple[float, float]]:
     """The note's one step, a few times, with the statistics from lists of all pixels. B = 2.
 
     Trains the networks; returns the terms of each step, what each network has seen as pixels and
-    labels, and a threshold that about half of the teachers' pixels reach at step 0.
+    labels, and thresholds that about half of the teachers' and students' pixels reach at step 0.
     """
-    lines, velocity, tau = [], None, None
+    lines, velocity, taus = [], None, None
     seen = [[], [], [], []]  # of S1, S2, T1, T2
     for step, batch in enumerate(batches):
         t = step + 1
@@ -509,12 +511,14 @@ def first_steps(
             z_aug.append(augmented_directly(z, label, net.classifier.weight, var, lam))
 
         z1, z2, t1, t2 = z_aug
-        c1, c2 = (z.softmax(1).amax(1) for z in z_t)
-        tau = between(torch.stack([c1, c2])[:, valid_8]) if tau is None else tau
-        threshold = tau if args.threshold is None else args.threshold
-        k1, k2, n = c1 >= threshold, c2 >= threshold, int(valid_8.sum())
+        c1, c2, d1, d2 = (z.detach().softmax(1).amax(1) for z in (*z_t, *z_s))
+        pairs = (torch.stack(pair)[:, valid_8] for pair in ((c1, c2), (d1, d2)))
+        taus = taus or tuple(between(pair) for pair in pairs)
+        tau, tau_s = taus if args.threshold is None else (args.threshold, args.threshold_ss)
+        k1, k2, n = c1 >= tau, c2 >= tau, int(valid_8.sum())
         st = ce_sum(z1, t2.argmax(1), valid_8 & k2) + ce_sum(z2, t1.argmax(1), valid_8 & k1)
-        ss = ce_sum(z1, z2.argmax(1), valid_8) + ce_sum(z2, z1.argmax(1), valid_8)
+        ss = ce_sum(z1, z2.argmax(1), valid_8 & (d2 >= tau_s))
+        ss = ss + ce_sum(z2, z1.argmax(1), valid_8 & (d1 >= tau_s))
         terms = {"L_sup1": sup[0], "L_sup2": sup[1], "L_st": st / n, "L_ss": ss / n}
         ramp = step / (args.ramp * args.iters) if args.ramp else 1
         semi = args.lambda_st * terms["L_st"] + args.lambda_ss * terms["L_ss"]
@@ -525,14 +529,14 @@ def first_steps(
         velocity = sgd(args, groups, step, velocity)
         confident = (int((k1 & valid_8).sum()) + int((k2 & valid_8).sum())) / 2 / n
         lines.append({k: v.item() for k, v in terms.items()} | {"confident": confident})
-    return lines, seen, tau
+    return lines, seen, taus
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_first_steps_recomputed(variant: str, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHAPES_VAL", 2)
     flags = VARIANTS[variant]
-    args = mkd.parse_args([*TINY, *flags.format(tau=1).split()])
+    args = mkd.parse_args([*TINY, *flags.format(tau=1, tau_s=1).split()])
     batches = find_seed(args, boxes=False)
     args.threshold = None if "{tau}" in flags else args.threshold
     torch.manual_seed(args.seed)
@@ -540,9 +544,9 @@ def test_first_steps_recomputed(variant: str, tmp_path, monkeypatch):
     teachers = [copy.deepcopy(s).requires_grad_(False) for s in students]
     nets = dict(zip(("student1", "student2", "teacher1", "teacher2"), students + teachers))  # noqa: B905
     begin = {n: copy.deepcopy(net.state_dict()) for n, net in nets.items()}
-    mine, seen, tau = first_steps(args, batches, students, teachers)
+    mine, seen, (tau, tau_s) = first_steps(args, batches, students, teachers)
 
-    argv = [*TINY, "--seed", str(args.seed), *flags.format(tau=tau).split()]
+    argv = [*TINY, "--seed", str(args.seed), *flags.format(tau=tau, tau_s=tau_s).split()]
     lines, latest, best = run_main(mkd, argv, tmp_path)
     if "{tau}" in flags:
         assert 0.1 < lines[0]["confident"] < 0.9
