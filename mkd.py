@@ -47,7 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--teacher-mode", choices=("train", "eval"), default="train", help="teachers' batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
     # augmentation took more than it gave in pilot runs.
-    small = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95, epochs=4)
+    small = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95)
+    small |= dict(batch_size=4, lr=2e-3, epochs=4)  # 480 steps
     return common.parse(p, argv, all=dict(threshold=0.0), shapes=small)
 
 
