@@ -22,9 +22,10 @@ LAUNCHER = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 
 def commands() -> list[list[str]]:
     """The words of every command of ours in the README's code blocks and code spans."""
-    found = []
+    found, variables = [], dict(re.findall(r' (\w+)="(.*?)"', README)) | {"s": "0"}
     for text in re.findall(r"^    (.*)$|`([^`\n]+)`", README, re.M):
-        line = re.sub(r"\$s\b", "0", next(t for t in text if t or t == text[1]))
+        line = next(t for t in text if t or t == text[1])
+        line = re.sub(r"\$(\w+)", lambda m: variables[m[1]], line)
         for part in re.split(r"&&|;| do ", line.split("  #")[0]):
             words = [w for w in shlex.split(part) if w.split("=")[0] not in LAUNCHER]
             if words[:1] in (["python"], ["torchrun"]):
