@@ -381,10 +381,13 @@ def mutual_case(seed: int = 0) -> tuple[list, list, list, list, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "case", ["some", "all", "no confident teacher", "no confident student", "nothing valid"]
+    "case",
+    ["some", "all", "no confident teacher", "no confident student", "nothing valid", "one class"],
 )
 def test_mutual_losses(case: str):
     z, t, keep, keep_s, valid = mutual_case()
+    if case == "one class":
+        t = [torch.full_like(a, 2) for a in t]
     if case in ("all", "no confident teacher"):
         keep = [torch.full_like(k, case == "all") for k in keep]
     if case in ("all", "no confident student"):
