@@ -3,6 +3,8 @@
 python tests/table.py runs/*                      # a Markdown table
 python tests/table.py runs/* --curves curves.png  # also: mIoU over steps, the mean of the seeds
 python tests/table.py runs/*-s0 --grid grid.png   # also: image, truth, and what each run predicts
+python tests/table.py runs/* --save results.jsonl # also: their results, to be read again
+python tests/table.py results.jsonl               # the table of saved results
 
 Runs that differ by their seed alone (folders that end in -s0, -s1, ...) make a row: mean and
 standard deviation of the last mIoU over seeds, and the mean of the best beside it.
@@ -24,6 +26,7 @@ import common
 import data
 from networks import build_network
 
+HERE_ONLY = ("out", "root", "weights", "senior_weights", "test_only", "save_predictions")  # paths
 COLORS = ("#444444", "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf")
 
 
@@ -33,6 +36,22 @@ def read(run: Path) -> dict[int, float] | None:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     found = {line["step"]: line["miou"] for line in lines if line["kind"] == "eval"}
     return found if args["iters"] in found else None
+
+
+def load(path: Path) -> dict[str, dict]:
+    """{run: its record} of a file that --save wrote; none where there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {record["run"]: record for record in map(json.loads, lines)}
+
+
+def save(runs: list[Path], path: Path) -> None:
+    """Writes a line a run to `path`: flags and mIoU by step. Other runs' lines stay."""
+    records = load(path)
+    for run in runs:
+        args = json.loads((run / "args.json").read_text())
+        args = {k: v for k, v in args.items() if k not in HERE_ONLY}
+        records[run.name] = {"run": run.name, "args": args, "miou": read(run)}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
 
 
 def table(rows: dict[str, list[dict]]) -> None:
@@ -100,22 +119,33 @@ def grid(runs: list[Path], path: Path, rows: int = 4) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("runs", type=Path, nargs="+", help="folders; others are passed over")
+    p.add_argument(
+        "runs", type=Path, nargs="+", help="folders, and .jsonl of --save; others are passed over"
+    )
+    p.add_argument("--save", type=Path, metavar="JSONL", help="keep the folders' results here")
     p.add_argument("--curves", type=Path, metavar="PNG", help="draw mIoU over steps")
     p.add_argument("--grid", type=Path, metavar="PNG", help="draw predictions of the runs")
     opts = p.parse_args()
-    rows, done = {}, []
+    results, done = {}, []
     for run in opts.runs:
-        if (run / "log.jsonl").is_file():
+        if run.suffix == ".jsonl":
+            for name, record in load(run).items():
+                results[name] = {int(step): miou for step, miou in record["miou"].items()}
+        elif (run / "log.jsonl").is_file():
             result = read(run)
             if result is None:
                 print(f"{run}: not finished, left out", file=sys.stderr)
                 continue
             done.append(run)
-            rows.setdefault(re.sub(r"-s\d+$", "", run.name), []).append(result)
-    if not done:
+            results[run.name] = result
+    if not results:
         sys.exit("error: no finished run among these folders")
+    rows = {}
+    for name, result in results.items():
+        rows.setdefault(re.sub(r"-s\d+$", "", name), []).append(result)
     table(rows)
+    if opts.save:
+        save(done, opts.save)
     if opts.curves:
         curves(rows, opts.curves)
     if opts.grid:

@@ -22,7 +22,7 @@ def call(*words: object) -> subprocess.CompletedProcess:
 def write_run(run: Path, steps: int, *miou: float) -> None:
     """A folder with the evaluations at steps 10, 20, ... of a run of `steps` steps."""
     run.mkdir(parents=True)
-    (run / "args.json").write_text(json.dumps({"iters": steps}))
+    (run / "args.json").write_text(json.dumps({"iters": steps, "lr": 0.1, "out": str(run)}))
     lines = [{"kind": "train", "step": 5, "loss": 1.0}]
     lines += [{"kind": "eval", "step": 10 * k, "miou": v} for k, v in enumerate(miou, 1)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -42,6 +42,18 @@ def test_table(tmp_path):
         "| `b` | 20 | 1 | 3.0 | 3.0 |",
     ]
     assert "a-s2: not finished" in p.stderr
+    # saved results print the same table, hold no paths, and grow by a second call
+    saved = tmp_path / "saved.jsonl"
+    for names in (["a-s0", "a-s1"], ["b-s0"]):
+        assert call(HERE / "table.py", *(tmp_path / n for n in names), "--save", saved).stdout
+    assert call(HERE / "table.py", saved).stdout == p.stdout
+    assert [json.loads(line)["args"] for line in saved.read_text().splitlines()] == [
+        {"iters": 30, "lr": 0.1},
+        {"iters": 30, "lr": 0.1},
+        {"iters": 20, "lr": 0.1},
+    ]
+    more = call(HERE / "table.py", saved, tmp_path / "b-s0", tmp_path / "a-s0")
+    assert more.stdout == p.stdout  # a run in both is one run
     colors = {c for _, c in Image.open(tmp_path / "c.png").getcolors(10_000)}
     assert (0x44, 0x44, 0x44) in colors
     assert (0xD6, 0x27, 0x28) in colors
