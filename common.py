@@ -378,7 +378,7 @@ def test(args: argparse.Namespace) -> None:
             f"{args.dataset}; evaluate it on its own data set"
         )
     check_crop(net, args.crop_size)
-    net = net.to(device, memory_format=torch.channels_last)
+    net = net.place(device)
     write = save_predictions(args.save_predictions) if args.save_predictions else None
     miou, iou = iou_of(evaluate({"net": net}, source, args, device, write)["net"])
     if rank_world()[0] == 0:
@@ -456,11 +456,11 @@ class Run:
         return (t.pin_memory() if cuda else t).to(self.device, non_blocking=True)
 
     def place(self, net: Segmenter) -> Segmenter:
-        """Moves a network to the device, channels_last; SyncBN over CUDA ranks; --compile."""
+        """Moves a network to the device; SyncBN over CUDA ranks; --compile."""
         check_crop(net, self.args.crop_size)
         if self.device.type == "cuda" and self.world > 1:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        net = net.to(self.device, memory_format=torch.channels_last)
+        net = net.place(self.device)
         if self.args.compile:
             for part in net.children():  # not the whole: MKD calls `parts`, the others forward
                 part.compile()

@@ -264,9 +264,22 @@ class Segmenter(nn.Module):
     `config` is what `build_network` needs to build it again.
     """
 
+    layout = torch.contiguous_format
+
+    def place(self, device: torch.device) -> "Segmenter":
+        """Moves the network to a device, in the memory layout that trains faster there.
+
+        That is channels_last, but not for full convolutions on a CPU: there the gradient of a
+        weight is made in the plain layout, and copying 10 to 60 million of them back costs more.
+        """
+        depthwise = any(m.groups > 1 for m in self.modules() if isinstance(m, nn.Conv2d))
+        if device.type == "cuda" or depthwise:
+            self.layout = torch.channels_last
+        return self.to(device, memory_format=self.layout)
+
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image [B, 3, H, W] to logits z [B, C, h, w], the classifier's input f, the last map."""
-        maps = self.backbone(x)
+        maps = self.backbone(x.contiguous(memory_format=self.layout))
         f = self.decode(maps)
         return self.classifier(f), f, maps[-1]
 

@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         run.say(f"{name}, {size:.2f} M parameters: {load_weights(net, backbone, weights)}")
         nets[name] = run.place(net)
     junior, senior = nets["junior"], nets["senior"]
-    pair = Pair(senior, junior).to(run.device, memory_format=torch.channels_last)
+    pair = Pair(senior, junior).to(run.device)
     model = run.distribute(junior if args.labeled_only else pair)
     heads = [*senior.head_parameters(), *junior.head_parameters()]
     heads += [*pair.project_s.parameters(), *pair.project_j.parameters()]

@@ -198,7 +198,7 @@ def setup(name: str, opts: argparse.Namespace, *more: str) -> SimpleNamespace:
         stats = nn.ModuleList(mkd.ClassStatistics(CLASSES, width) for _ in range(4)).to(run.device)
         given = (nets, frozen, stats, model)
     if name == "segkc":
-        model, weak = segkc.Pair(*nets).to(run.device, memory_format=torch.channels_last), x1
+        model, weak = segkc.Pair(*nets).to(run.device), x1
         outputs = lambda out: [t for z, _, g in out for t in (z, g)]  # noqa: E731
         given = (dict(junior=nets[1], senior=nets[0]), model)
     encoders = [list(net.backbone.parameters()) for net in nets]

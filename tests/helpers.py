@@ -85,8 +85,8 @@ def find_seed(args: object, boxes: bool = True) -> list[dict]:
 
 
 def network(name: str) -> nn.Module:
-    """A network for 6 classes in the memory format of a run, whose rounding it then shares."""
-    return build_network(name, 6).to(memory_format=torch.channels_last)
+    """A network for 6 classes in the memory layout of a run, whose rounding it then shares."""
+    return build_network(name, 6).place(torch.device("cpu"))
 
 
 def look(net: nn.Module, x: Tensor) -> dict[str, Tensor]:

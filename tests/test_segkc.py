@@ -400,7 +400,7 @@ def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
     args.threshold, batches = None, find_seed(args)
     torch.manual_seed(args.seed)
     junior, senior = (network(name) for name in ("resnet18", other))
-    to_j, to_s = (nn.Conv2d(512, 512, 1).to(memory_format=torch.channels_last) for _ in range(2))
+    to_j, to_s = (nn.Conv2d(512, 512, 1) for _ in range(2))
     nets = {"senior": senior, "junior": junior, "project_s": to_j, "project_j": to_s}
     begin = {n: copy.deepcopy(net.state_dict()) for n, net in nets.items()}
     mine = two_steps(args, batches, senior, junior, to_j, to_s)
