@@ -120,6 +120,25 @@ def stages(name: str) -> nn.Sequential:
     return nn.Sequential(*[s for n, s in net.named_children() if n not in ("avgpool", "fc")])
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("resnet18", torch.contiguous_format), ("mobilenet_v2", torch.channels_last)],
+)
+def test_placing_changes_the_memory_layout_alone(name: str, layout: torch.memory_format):
+    """Guards: an image or map in the other layout, on which a convolution copies its weight."""
+    net = shuffled(build_network(name, 5)).eval()
+    x = torch.randn(2, 3, 64, 96)
+    z, seen = net(x), []
+    net.place(torch.device("cpu"))
+    for m in (m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)):
+        assert m.weight.is_contiguous(memory_format=layout)
+        m.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    for image in (x, x.to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(net(image), z)
+    assert len(seen) > 10
+    assert all(t.is_contiguous(memory_format=layout) for t in seen)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("stride", [16, 8])
 def test_dilation_keeps_what_the_backbone_computes(name: str, stride: int):
