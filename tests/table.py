@@ -5,6 +5,7 @@ python tests/table.py runs/* --curves curves.png  # also: mIoU over steps, the m
 python tests/table.py runs/*-s0 --grid grid.png   # also: image, truth, and what each run predicts
 python tests/table.py runs/* --save results.jsonl # also: their results, to be read again
 python tests/table.py results.jsonl               # the table of saved results
+python tests/table.py results.jsonl --classes     # a second table: the last IoU of each class
 
 Runs that differ by their seed alone (folders that end in -s0, -s1, ...) make a row: mean and
 standard deviation of the last mIoU over seeds, and the mean of the best beside it.
@@ -30,12 +31,16 @@ HERE_ONLY = ("out", "root", "weights", "senior_weights", "test_only", "save_pred
 COLORS = ("#444444", "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf")
 
 
-def read(run: Path) -> dict[int, float] | None:
-    """{step: mIoU} of a finished run, else None."""
+def read(run: Path) -> dict | None:
+    """The record of a finished run, else None: its flags, {step: mIoU}, {class: last IoU}."""
     args = json.loads((run / "args.json").read_text())
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    found = {line["step"]: line["miou"] for line in lines if line["kind"] == "eval"}
-    return found if args["iters"] in found else None
+    lines = [line for line in lines if line["kind"] == "eval"]
+    if not lines or lines[-1]["step"] != args["iters"]:
+        return None
+    args = {k: v for k, v in args.items() if k not in HERE_ONLY}
+    miou = {str(line["step"]): line["miou"] for line in lines}  # as JSON has it: keys are text
+    return {"run": run.name, "args": args, "miou": miou, "iou": lines[-1]["iou"]}
 
 
 def load(path: Path) -> dict[str, dict]:
@@ -44,13 +49,9 @@ def load(path: Path) -> dict[str, dict]:
     return {record["run"]: record for record in map(json.loads, lines)}
 
 
-def save(runs: list[Path], path: Path) -> None:
-    """Writes a line a run to `path`: flags and mIoU by step. Other runs' lines stay."""
-    records = load(path)
-    for run in runs:
-        args = json.loads((run / "args.json").read_text())
-        args = {k: v for k, v in args.items() if k not in HERE_ONLY}
-        records[run.name] = {"run": run.name, "args": args, "miou": read(run)}
+def save(records: dict[str, dict], path: Path) -> None:
+    """Writes a line a run to `path`. Other runs' lines stay."""
+    records = load(path) | records
     path.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
 
 
@@ -64,6 +65,16 @@ def table(rows: dict[str, list[dict]]) -> None:
         steps = ", ".join(map(str, sorted({max(r) for r in runs})))
         mean = f"{statistics.mean(last):.1f}{spread}"
         print(f"| `{name}` | {steps} | {len(last)} | {mean} | {best:.1f} |")
+
+
+def class_table(rows: dict[str, list[dict]]) -> None:
+    """Prints the last IoU of each class, the mean of a row's runs; - where no run has the class."""
+    classes = list(next(iter(rows.values()))[0])
+    print("\n| run |", " | ".join(classes), "|\n|" + "---|" * (len(classes) + 1))
+    for name, runs in rows.items():
+        columns = ([r[c] for r in runs if r.get(c) is not None] for c in classes)
+        values = [f"{statistics.mean(column):.1f}" if column else "-" for column in columns]
+        print(f"| `{name}` |", " | ".join(values), "|")
 
 
 def curves(rows: dict[str, list[dict]], path: Path, width: int = 640, height: int = 360) -> None:
@@ -125,27 +136,32 @@ def main() -> None:
     p.add_argument("--save", type=Path, metavar="JSONL", help="keep the folders' results here")
     p.add_argument("--curves", type=Path, metavar="PNG", help="draw mIoU over steps")
     p.add_argument("--grid", type=Path, metavar="PNG", help="draw predictions of the runs")
+    p.add_argument("--classes", action="store_true", help="print the last IoU of each class, too")
     opts = p.parse_args()
-    results, done = {}, []
+    records, done = {}, []
     for run in opts.runs:
         if run.suffix == ".jsonl":
-            for name, record in load(run).items():
-                results[name] = {int(step): miou for step, miou in record["miou"].items()}
+            records |= load(run)
         elif (run / "log.jsonl").is_file():
-            result = read(run)
-            if result is None:
+            record = read(run)
+            if record is None:
                 print(f"{run}: not finished, left out", file=sys.stderr)
                 continue
             done.append(run)
-            results[run.name] = result
-    if not results:
+            records[run.name] = record
+    if not records:
         sys.exit("error: no finished run among these folders")
-    rows = {}
-    for name, result in results.items():
-        rows.setdefault(re.sub(r"-s\d+$", "", name), []).append(result)
+    rows, class_rows = {}, {}
+    for name, record in records.items():
+        row = re.sub(r"-s\d+$", "", name)
+        rows.setdefault(row, []).append({int(k): v for k, v in record["miou"].items()})
+        if "iou" in record:
+            class_rows.setdefault(row, []).append(record["iou"])
     table(rows)
+    if opts.classes and class_rows:
+        class_table(class_rows)
     if opts.save:
-        save(done, opts.save)
+        save({run.name: records[run.name] for run in done}, opts.save)
     if opts.curves:
         curves(rows, opts.curves)
     if opts.grid:

@@ -24,7 +24,9 @@ def write_run(run: Path, steps: int, *miou: float) -> None:
     run.mkdir(parents=True)
     (run / "args.json").write_text(json.dumps({"iters": steps, "lr": 0.1, "out": str(run)}))
     lines = [{"kind": "train", "step": 5, "loss": 1.0}]
-    lines += [{"kind": "eval", "step": 10 * k, "miou": v} for k, v in enumerate(miou, 1)]
+    for k, v in enumerate(miou, 1):
+        iou = {"sky": 2 * v, "sea": None}  # sea: in no val image and in no prediction
+        lines.append({"kind": "eval", "step": 10 * k, "miou": v, "iou": iou})
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -46,7 +48,14 @@ def test_table(tmp_path):
     saved = tmp_path / "saved.jsonl"
     for names in (["a-s0", "a-s1"], ["b-s0"]):
         assert call(HERE / "table.py", *(tmp_path / n for n in names), "--save", saved).stdout
-    assert call(HERE / "table.py", saved).stdout == p.stdout
+    classes = call(HERE / "table.py", saved, "--classes").stdout
+    assert classes.startswith(p.stdout)
+    assert classes.splitlines()[-4:] == [
+        "| run | sky | sea |",
+        "|---|---|---|",
+        "| `a` | 84.0 | - |",
+        "| `b` | 6.0 | - |",
+    ]
     assert [json.loads(line)["args"] for line in saved.read_text().splitlines()] == [
         {"iters": 30, "lr": 0.1},
         {"iters": 30, "lr": 0.1},
