@@ -49,7 +49,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # augmentation took more than it gave in pilot runs.
     small = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95)
     small |= dict(batch_size=4, lr=2e-3, epochs=4)  # 480 steps
-    return common.parse(p, argv, all=dict(threshold=0.0), shapes=small)
+    args = common.parse(p, argv, all=dict(threshold=0.0), shapes=small)
+    if (args.fa, args.teacher_mode) == ("all", "eval"):  # Sigma keeps every step's features
+        why = "features by running statistics explode in the first steps"
+        raise data.InputError(f"--fa all: {why}; give --teacher-mode train, or --fa students")
+    return args
 
 
 # --------------------------------------------------------------------------- the paper's pieces

@@ -52,6 +52,16 @@ def test_the_flags_default_to_the_released_values():
     assert not args.ramp
 
 
+def test_statistics_of_teachers_in_eval_mode_are_refused():
+    """On shapes their features have 10^5 times the students' variance at step 17, and Sigma of all
+    steps keeps it: at the end the augmentation moved every label.
+    """
+    with pytest.raises(data.InputError, match="--teacher-mode train, or --fa students"):
+        mkd.parse_args(["--dataset", "shapes", "--fa", "all"])
+    for flags in ("--fa students", "--fa all --teacher-mode train"):
+        mkd.parse_args(["--dataset", "shapes", *flags.split()])
+
+
 # ------------------------------------------------------------------------------------- teachers
 
 
@@ -581,7 +591,7 @@ def test_each_network_is_augmented_by_its_own_weight_and_statistics(tmp_path, mo
         return original(net, stats, z, f, known)
 
     monkeypatch.setattr(mkd, "augment_network", record)
-    run_main(mkd, [*TINY, *"--fa all --lr 0.1".split()], tmp_path)
+    run_main(mkd, [*TINY, *"--fa all --teacher-mode train --lr 0.1".split()], tmp_path)
     first, second = calls[:4], calls[4:]
     assert len({id(net) for net, *_ in first}) == len({id(stats) for _, stats, _ in first}) == 4
     assert [c[:2] for c in second] == [c[:2] for c in first]
