@@ -68,7 +68,7 @@ def table(rows: dict[str, list[dict]]) -> None:
 
 
 def class_table(rows: dict[str, list[dict]]) -> None:
-    """Prints the last IoU of each class, the mean of a row's runs; - where no run has the class."""
+    """Prints the last mIoU and IoU of each class, the mean of a row's runs; - where none has it."""
     classes = list(next(iter(rows.values()))[0])
     print("\n| run |", " | ".join(classes), "|\n|" + "---|" * (len(classes) + 1))
     for name, runs in rows.items():
@@ -154,9 +154,10 @@ def main() -> None:
     rows, class_rows = {}, {}
     for name, record in records.items():
         row = re.sub(r"-s\d+$", "", name)
-        rows.setdefault(row, []).append({int(k): v for k, v in record["miou"].items()})
+        result = {int(step): miou for step, miou in record["miou"].items()}
+        rows.setdefault(row, []).append(result)
         if "iou" in record:
-            class_rows.setdefault(row, []).append(record["iou"])
+            class_rows.setdefault(row, []).append({"mIoU": result[max(result)]} | record["iou"])
     table(rows)
     if opts.classes and class_rows:
         class_table(class_rows)

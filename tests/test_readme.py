@@ -22,7 +22,8 @@ LAUNCHER = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
 
 def commands() -> list[list[str]]:
     """The words of every command of ours in the README's code blocks and code spans."""
-    found, variables = [], dict(re.findall(r' (\w+)="(.*?)"', README)) | {"s": "0"}
+    found, variables = [], dict(re.findall(r' (\w+)="(.*?)"', README))
+    variables |= re.findall(r"for (\w+) in (\S+)", README)  # a loop's first value
     for text in re.findall(r"^    (.*)$|`([^`\n]+)`", README, re.M):
         line = next(t for t in text if t or t == text[1])
         line = re.sub(r"\$(\w+)", lambda m: variables[m[1]], line)

@@ -51,10 +51,10 @@ def test_table(tmp_path):
     classes = call(HERE / "table.py", saved, "--classes").stdout
     assert classes.startswith(p.stdout)
     assert classes.splitlines()[-4:] == [
-        "| run | sky | sea |",
-        "|---|---|---|",
-        "| `a` | 84.0 | - |",
-        "| `b` | 6.0 | - |",
+        "| run | mIoU | sky | sea |",
+        "|---|---|---|---|",
+        "| `a` | 42.0 | 84.0 | - |",
+        "| `b` | 3.0 | 6.0 | - |",
     ]
     assert [json.loads(line)["args"] for line in saved.read_text().splitlines()] == [
         {"iters": 30, "lr": 0.1},
