@@ -67,6 +67,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     a("--head-lr-mult", type=POSITIVE, help="all but the backbone learns this many times faster")
     a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
     a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
+    a("--ohem-least", type=STEPS, default=200_000, help="pixels of a batch that OHEM always keeps")
     a("--threshold", type=SHARE, help="tau: confidence a label needs, 0 to 1; MKD: of L_st")
     a("--ramp", type=SHARE, help="share of the run in which unlabelled terms grow from 0 to full")
     a("--labeled-only", action=flag, default=False, help="the supervised baseline, same steps")
@@ -119,7 +120,15 @@ def parse(
             # as text, so that argparse checks it like a flag
             preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode")}
         p.set_defaults(dataset=dataset, **preset)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    pixels = args.batch_size * args.crop_size**2
+    if args.sup_loss == "ohem" and args.ohem_least >= pixels and not args.test_only:
+        raise InputError(
+            f"--sup-loss ohem keeps at least --ohem-least {args.ohem_least} pixels, all of a batch "
+            f"of {args.batch_size} crops of {args.crop_size} ({pixels}): no more than CE; lower "
+            f"it, for instance to {max(1, pixels // 25)}, about its share on Cityscapes"
+        )
+    return args
 
 
 # -------------------------------------------------------------------------- ranks and precision
@@ -209,7 +218,7 @@ def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
 
 
 def supervised_loss(
-    z: Tensor, y: Tensor, kind: str, thresh: float = 0.7, least: int = 200_000
+    z: Tensor, y: Tensor, kind: str, least: int = 200_000, thresh: float = 0.7
 ) -> Tensor:
     """CE over the labelled pixels of the global batch; z [B, C, H, W], y [B, H, W], 255 ignored.
 
@@ -487,7 +496,7 @@ class Run:
         """The loss of --labeled-only: L = CE(model(x), y), or OHEM."""
         with self.autocast():
             z = model(data.normalize(batch["x"]))
-        return {"loss": supervised_loss(z, batch["y"], self.args.sup_loss)}
+        return {"loss": supervised_loss(z, batch["y"], self.args.sup_loss, self.args.ohem_least)}
 
     def update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """zero_grad, backward, step; the scaler does nothing unless --amp fp16."""

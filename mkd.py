@@ -236,7 +236,8 @@ def mkd_step(
 
     # L_sup,i = CE(S_i(x), y) at full resolution (step 5)
     loss_sup1, loss_sup2 = (
-        common.supervised_loss(upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss) for z in z_s
+        common.supervised_loss(upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss, args.ohem_least)
+        for z in z_s
     )
 
     # The rest, labelled and unlabelled together, at half of the stride-4 resolution (step 6)

@@ -143,7 +143,8 @@ def segkc_step(
     (z_s_x, z_s_u), (z_j_x, z_j_u) = z_s.split(len(x)), z_j.split(len(x))
 
     # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
-    loss_sup = 0.5 * sum(common.supervised_loss(z, y, args.sup_loss) for z in (z_s_x, z_j_x))
+    sup = args.sup_loss, args.ohem_least
+    loss_sup = 0.5 * sum(common.supervised_loss(z, y, *sup) for z in (z_s_x, z_j_x))
 
     # L_cps = 1/2 [M(CE(z_S, y_hat_J), c_J >= tau) + M(CE(z_J, y_hat_S), c_S >= tau)] (step 5)
     cps_s = cps_loss(z_s_u, y_hat["junior"], c["junior"], valid_u, args.threshold)

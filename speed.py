@@ -193,7 +193,7 @@ def speed_step(
     (z_x, z_m), f_m = z.split(len(x)), f[len(x) :]
 
     # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)
-    loss_x = common.supervised_loss(z_x, y, args.sup_loss)
+    loss_x = common.supervised_loss(z_x, y, args.sup_loss, args.ohem_least)
     ce = F.cross_entropy(z_m, pseudo_label, reduction="none")
     loss_u = masked_mean(ce, keep, valid_m)
 

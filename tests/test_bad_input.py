@@ -240,6 +240,7 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
         "--crop-size 64 --backbone dinov2_vits14",
         "multiple of 14, e.g. 70",
     ),
+    "OHEM of every pixel": (NOTHING, "--sup-loss ohem", "all of a batch of 2 crops of 32 (2048)"),
     "DPT on a CNN": (NOTHING, "--decoder dpt", "--decoder dpt"),
     "lr negative": (NOTHING, "--lr=-1e-3", "--lr"),
     "lr 0": (NOTHING, "--lr 0", "--lr"),

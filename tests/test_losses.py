@@ -101,7 +101,7 @@ def test_ohem_keeps_the_hard_pixels(case: str, least: int, scale: float):
         if y[b, i, j] != 255 and r.random() < 0.8:
             z[b, y[b, i, j], i, j] += 2 * scale
     found = cross_entropies(z, y)
-    args = torch.from_numpy(z), torch.from_numpy(y), "ohem", 0.7, least
+    args = torch.from_numpy(z), torch.from_numpy(y), "ohem", least
     mine = mean(hard(found, least))
     np.testing.assert_allclose(common.supervised_loss(*args).item(), mine, rtol=1e-10)
 
@@ -140,7 +140,7 @@ def test_ohem_has_no_gradient_at_dropped_pixels():
     z, y = r.normal(size=(1, C, 6, 6)), labels("ignore", r, (1, 6, 6))
     found = sorted(cross_entropies(z, y), reverse=True)
     z_t = torch.tensor(z * 1.0, requires_grad=True)
-    common.supervised_loss(z_t, torch.from_numpy(y), "ohem", 0.0, 7).backward()
+    common.supervised_loss(z_t, torch.from_numpy(y), "ohem", 7, 0.0).backward()
     kept = {place for _, place in found[:7]}
     for b, i, j in np.ndindex(y.shape):
         assert z_t.grad[b, :, i, j].any().item() == ((b, i, j) in kept)
@@ -163,7 +163,7 @@ def world_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.from_numpy(features), torch.from_numpy(y), torch.from_numpy(r.normal(size=(C, 3)))
 
 
-KINDS = (("ce", 0.7, 1), ("ohem", 0.7, 1), ("ohem", 0.1, 30))
+KINDS = (("ce", 1, 0.7), ("ohem", 1, 0.7), ("ohem", 30, 0.1))
 
 
 def on_a_rank() -> dict:
@@ -200,7 +200,7 @@ def test_two_ranks_are_one(ranks: list[dict]):
         w = weight.clone().requires_grad_()
         z = torch.einsum("ca,bahw->bchw", w, features)
         found = cross_entropies(z.detach().numpy(), y.numpy())
-        values = [ce for ce, _ in found] if kind[0] == "ce" else hard(found, kind[2], kind[1])
+        values = [ce for ce, _ in found] if kind[0] == "ce" else hard(found, *kind[1:])
         np.testing.assert_allclose(mean([r[kind][0] for r in ranks]), mean(values), rtol=1e-10)
         kept = set(values)
         p = torch.zeros((), dtype=torch.float64)

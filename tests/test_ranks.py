@@ -171,7 +171,7 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
     assert apart <= BOUND * max(size, 1e-3), f"{what}: {apart} apart, of {size}"
 
 
-@pytest.mark.parametrize("more", ["", "--sup-loss ohem"], ids=["ce", "ohem"])
+@pytest.mark.parametrize("more", ["", "--sup-loss ohem --ohem-least 500"], ids=["ce", "ohem"])
 @pytest.mark.parametrize("script", METHODS)
 def test_ranks_take_the_same_gradient_step(script, more, root):
     """Guards: a mean of the ranks' means, an OHEM or class statistics of one rank's pixels."""
@@ -200,7 +200,7 @@ def ohem_on(z: torch.Tensor, y: torch.Tensor, least: int) -> tuple:
     rank, world = common.rank_world()
     share = slice(rank * len(z) // world, (rank + 1) * len(z) // world)
     mine = z[share].clone().requires_grad_()
-    loss = common.supervised_loss(mine, y[share], "ohem", 0.4, least)
+    loss = common.supervised_loss(mine, y[share], "ohem", least, 0.4)
     loss.backward()
     shares = [mine.grad]
     if dist.is_initialized():

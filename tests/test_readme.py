@@ -131,8 +131,8 @@ def test_presets(argv, expected):
     assert {k: args[k] for k in expected} == expected
     # off in the released config; on where networks start from scratch
     assert mkd.parse_args(argv).threshold == (0.95 if args["dataset"] == "shapes" else 0)
-    changed = speed.parse_args([*argv, "--crop-size", "70", "--lr", "0.5"])
-    assert (changed.crop_size, changed.lr) == (70, 0.5)
+    changed = speed.parse_args([*argv, "--crop-size", "280", "--lr", "0.5"])
+    assert (changed.crop_size, changed.lr) == (280, 0.5)
 
 
 def test_default_data_set_is_pascal_where_it_is(tmp_path):

@@ -130,7 +130,9 @@ def test_killed_runs_end_bit_identical(script, root, quick):
     print(f"{script}: {killed} kills in {runs} runs of {STEPS} steps, all bit-identical")
 
 
-@pytest.mark.parametrize("more", ["", "--labeled-only --sup-loss ohem"], ids=["whole", "labeled"])
+@pytest.mark.parametrize(
+    "more", ["", "--labeled-only --sup-loss ohem --ohem-least 500"], ids=["whole", "labeled"]
+)
 @pytest.mark.parametrize("script", METHODS)
 def test_crashes_end_bit_identical(script, more, root, tmp_path, monkeypatch):
     """Guards: state that is not in the checkpoint; also log lines twice, or missing."""

@@ -220,7 +220,7 @@ class Tiny(nn.Module):
         return (z, f, f) if features else z
 
 
-FLAGS = dict(threshold=0.0, temperature=1.0, consult="both", sup_loss="ce")
+FLAGS = dict(threshold=0.0, temperature=1.0, consult="both", sup_loss="ce", ohem_least=1)
 FLAGS |= dict(lambda_cps=1.0, lambda_feat=0.5, lambda_kd=0.5)
 
 
