@@ -3,9 +3,13 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import oracle
+import pytest
+import torch
 from datasets import blobs, noise, save
 from PIL import Image
 
@@ -97,3 +101,62 @@ def test_camvid(tmp_path):
     assert small.shape == image.shape[:2]
     cells = mask.reshape(20, 2, 24, 2).transpose(1, 3, 0, 2).reshape(4, 20, 24)
     assert (small == cells).any(0).all()  # each is one of the four ids that it stands for
+
+
+def test_oracle_knows_the_labels_of_the_crops(tmp_path):
+    """Guards: a label crop that is drawn anew, or of another image."""
+    for part in ("train", "val"):
+        for k in range(4):
+            mask = blobs(k, 3) % 255  # no ignored pixels
+            save(tmp_path / part / f"masks/{k}.png", mask)
+            save(tmp_path / part / f"images/{k}.png", np.repeat(60 * mask[..., None], 3, 2))
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    source = data.load_source("folder", tmp_path)
+    split = data.make_split(source, "1/2", 0, "")
+    args = Namespace(
+        batch_size=2, seed=0, labeled_only=False, crop_size=32, scale=(0.5, 1.5), iters=3
+    )
+    seen = set()
+    for step in range(3):
+        batch = oracle.WithTruth(split, args)[step]
+        holds = data.rect_mask(batch["u_rect"], 32, 32)
+        assert torch.equal(batch["u_y"] == 255, ~holds)
+        u, y = batch["u"][..., 0].float()[holds], batch["u_y"][holds].float()
+        assert ((u - 60 * y).abs() < 1).float().mean() > 0.8  # not at the borders of classes
+        seen |= set(y.tolist())
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("mode", ["truth", "right"])
+def test_oracle_teaches_the_truth(mode):
+    r = np.random.default_rng(0)
+    z = torch.from_numpy(r.normal(size=(2, 4, 5, 6)))
+    y = torch.from_numpy(r.integers(0, 4, (2, 5, 6)).astype(np.uint8))
+    y[:, 0] = 255
+    net = oracle.Corrected(lambda u, features: (z, u, features), y, mode)
+    found, f, deep = net("u", features=True)
+    assert (f, deep) == ("u", True)
+    p, taught = found.softmax(1).numpy(), 0
+    for b, i, j in np.ndindex(2, 5, 6):
+        if y[b, i, j] != 255 and (mode == "truth" or z[b, :, i, j].argmax() == y[b, i, j]):
+            assert p[b, y[b, i, j], i, j] > 0.999
+            taught += 1
+        else:
+            assert p[b, :, i, j].max() == 0.25
+    assert taught == 48 if mode == "truth" else 0 < taught < 48
+
+
+def test_oracle_trains(tmp_path):
+    flags = "--dataset shapes --iters 2 --crop-size 48 --batch-size 2 --workers 0 --log-every 1"
+    share = {}
+    for mode in ("truth", "right"):
+        out = tmp_path / mode
+        p = call(HERE / "oracle.py", mode, *flags.split(), "--ramp", 0, "--out", out)
+        assert p.returncode == 0, p.stderr
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        share[mode] = [line["confident"] for line in lines if line["kind"] == "train"]
+    assert share["truth"] == [1.0, 1.0]
+    assert 0 < max(share["right"]) < 1
+    p = call(HERE / "oracle.py", "wrong")
+    assert p.returncode == 2
+    assert len(p.stderr.splitlines()) == 1
