@@ -122,7 +122,7 @@ def test_oracle_knows_the_labels_of_the_crops(tmp_path):
         holds = data.rect_mask(batch["u_rect"], 32, 32)
         assert torch.equal(batch["u_y"] == 255, ~holds)
         u, y = batch["u"][..., 0].float()[holds], batch["u_y"][holds].float()
-        assert ((u - 60 * y).abs() < 1).float().mean() > 0.8  # not at the borders of classes
+        assert ((u - 60 * y).abs() < 30).float().mean() > 0.9  # borders of classes are blurred
         seen |= set(y.tolist())
     assert len(seen) > 1
 
