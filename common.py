@@ -471,6 +471,8 @@ class Run:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net = net.place(self.device)
         if self.args.compile:
+            # the parts, in training, eval and at each size, share one cache, of 8 by default
+            torch._dynamo.config.recompile_limit = 64
             for part in net.children():  # not the whole: MKD calls `parts`, the others forward
                 part.compile()
         return net
