@@ -120,15 +120,7 @@ def parse(
             # as text, so that argparse checks it like a flag
             preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode")}
         p.set_defaults(dataset=dataset, **preset)
-    args = p.parse_args(argv)
-    pixels = args.batch_size * args.crop_size**2
-    if args.sup_loss == "ohem" and args.ohem_least >= pixels and not args.test_only:
-        raise InputError(
-            f"--sup-loss ohem keeps at least --ohem-least {args.ohem_least} pixels, all of a batch "
-            f"of {args.batch_size} crops of {args.crop_size} ({pixels}): no more than CE; lower "
-            f"it, for instance to {max(1, pixels // 25)}, about its share on Cityscapes"
-        )
-    return args
+    return p.parse_args(argv)
 
 
 # -------------------------------------------------------------------------- ranks and precision
@@ -430,6 +422,13 @@ class Run:
         if not (self.split.unlabeled or args.labeled_only):
             raise InputError(
                 f"--split {args.split}: leaves no unlabelled image; label fewer, or --labeled-only"
+            )
+        pixels = args.batch_size * args.crop_size**2
+        if args.sup_loss == "ohem" and args.ohem_least >= pixels:
+            raise InputError(
+                f"--sup-loss ohem keeps --ohem-least {args.ohem_least} pixels, all of a batch of "
+                f"{args.batch_size} crops of {args.crop_size} ({pixels}), so it is CE; lower it, "
+                f"for instance to {max(1, pixels // 25)}, about its share on Cityscapes"
             )
         self.device = start_process(args)
         epoch = max(1, len(self.split.unlabeled or self.split.labeled) // args.batch_size)
