@@ -3,9 +3,8 @@
 python tests/oracle.py right --dataset folder --root data/camvid-half --out runs/right-s0
 
 The flags are speed.py's, but EntropyMix and both distillations are off; the unlabelled images need
-masks. `truth` gives every pixel its true label: no method has better ones. `right` leaves out the
-wrong pseudo-labels and keeps all others: no confidence chooses better. These are bounds, not
-results.
+masks. `truth` gives every labelled pixel of them its true label. `right` leaves out the wrong
+pseudo-labels and keeps all others, as the best confidence would. Points of reference, not results.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import data
 import speed
 
 SURE = 30.0  # a logit beside zeros: probability 1 in float32
-OFF = "--no-entropy-mix --alpha 0 --beta 0 --threshold 0.5".split()  # 0.5: SURE or not
+CUTMIX = dict(entropy_mix=False, alpha=0.0, beta=0.0, threshold=0.9)  # above it only if SURE
 
 
 class WithTruth(data.TrainBatches):
@@ -61,7 +60,15 @@ def main() -> None:
     mode, argv = sys.argv[1], sys.argv[2:]
     if mode not in ("truth", "right"):
         raise data.InputError(f"{mode}: the first word is truth or right, then speed.py's flags")
-    speed_step, data.TrainBatches = speed.speed_step, WithTruth
+    speed_step, parse_args, data.TrainBatches = speed.speed_step, speed.parse_args, WithTruth
+
+    def parse(argv: list[str]) -> argparse.Namespace:
+        args = parse_args(argv)
+        if args.labeled_only or args.test_only:
+            raise data.InputError("--labeled-only, --test-only: no pseudo-label to correct")
+        args.method = f"oracle-{mode}"  # so that no other run goes on from this one
+        vars(args).update(CUTMIX)
+        return args
 
     def step(
         args: argparse.Namespace,
@@ -74,8 +81,8 @@ def main() -> None:
         net = Corrected(net, batch["u_y"], mode)
         return speed_step(args, run, net, model, batch, step)
 
-    speed.speed_step = step
-    speed.main([*argv, *OFF])
+    speed.speed_step, speed.parse_args = step, parse
+    speed.main(argv)
 
 
 if __name__ == "__main__":

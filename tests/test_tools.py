@@ -157,6 +157,8 @@ def test_oracle_trains(tmp_path):
         share[mode] = [line["confident"] for line in lines if line["kind"] == "train"]
     assert share["truth"] == [1.0, 1.0]
     assert 0 < max(share["right"]) < 1
-    p = call(HERE / "oracle.py", "wrong")
-    assert p.returncode == 2
-    assert len(p.stderr.splitlines()) == 1
+    other = [HERE / "oracle.py", "right", *flags.split(), "--ramp", 0, "--out", tmp_path / "truth"]
+    for words in ([HERE / "oracle.py", "wrong"], other, [*other, "--labeled-only"]):
+        p = call(*words)
+        assert p.returncode == 2
+        assert len(p.stderr.splitlines()) == 1
