@@ -470,8 +470,9 @@ class Run:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net = net.place(self.device)
         if self.args.compile:
-            # the parts, in training, eval and at each size, share one cache, of 8 by default
-            torch._dynamo.config.recompile_limit = 64
+            # the parts, in training, eval and at each size, share one cache, of 8 by default;
+            # torch 2.6 has no newer name for its limit
+            torch._dynamo.config.cache_size_limit = 64
             for part in net.children():  # not the whole: MKD calls `parts`, the others forward
                 part.compile()
         return net

@@ -70,18 +70,10 @@ def main() -> None:
         vars(args).update(CUTMIX)
         return args
 
-    def step(
-        args: argparse.Namespace,
-        run: common.Run,
-        net: nn.Module,
-        model: nn.Module,
-        batch: dict,
-        step: int,
-    ) -> dict[str, Tensor]:
-        net = Corrected(net, batch["u_y"], mode)
-        return speed_step(args, run, net, model, batch, step)
-
-    speed.speed_step, speed.parse_args = step, parse
+    speed.parse_args = parse
+    speed.speed_step = lambda args, run, net, model, batch, step: speed_step(
+        args, run, Corrected(net, batch["u_y"], mode), model, batch, step
+    )
     speed.main(argv)
 
 

@@ -34,15 +34,15 @@ def test_compile(script, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
         nn.Module, "compile", functools.partialmethod(compile_part, backend=backend)
     )
-    limit = torch._dynamo.config.recompile_limit
+    limit = torch._dynamo.config.cache_size_limit
     torch._dynamo.reset()
     try:
         with caplog.at_level(logging.WARNING, "torch._dynamo"):
             compiled, *_ = run_main(SCRIPTS[script], [*argv, "--compile"], tmp_path / "compiled")
     finally:
-        torch._dynamo.config.recompile_limit = limit
+        torch._dynamo.config.cache_size_limit = limit
         torch._dynamo.reset()
-    assert not [r.message for r in caplog.records if "recompile_limit" in r.message]
+    assert not [r.message for r in caplog.records if "hit config." in r.message]
     assert max(traced) > 50  # a backbone in one piece
     for a, b in zip(plain, compiled, strict=True):
         loss = [k for k in a if k[:1] in "lL"]

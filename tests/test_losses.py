@@ -6,9 +6,13 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import run_ranks
+from datasets import make_folder
+from helpers import TINY, run_main, run_ranks
 
 import common
+import mkd
+import segkc
+import speed
 
 C = 5
 
@@ -133,6 +137,26 @@ def test_ohem_defaults_are_the_notes():
     assert 200_000 < (p <= 0.7).sum() < len(p)
     theirs = common.supervised_loss(torch.from_numpy(z), torch.from_numpy(y), "ohem").item()
     np.testing.assert_allclose(theirs, -np.log(p[p <= 0.7]).mean(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("labeled_only", [False, True], ids=["whole", "labeled"])
+@pytest.mark.parametrize("script", [speed, mkd, segkc], ids=lambda s: s.__name__)
+def test_every_supervised_loss_is_what_the_flags_say(script, labeled_only, tmp_path, monkeypatch):
+    """Guards: a script, or a network of it, that trains by CE or keeps the default pixels."""
+    flags, supervised_loss = [], common.supervised_loss
+
+    def record(z: torch.Tensor, y: torch.Tensor, *kind: object) -> torch.Tensor:
+        flags.append(kind)
+        return supervised_loss(z, y, *kind)
+
+    monkeypatch.setattr(common, "supervised_loss", record)
+    make_folder(tmp_path / "root")
+    argv = [*TINY, "--dataset", "folder", "--root", str(tmp_path / "root"), "--split", "1/2"]
+    argv += ["--backbone", "resnet18", *["--senior", "resnet18"] * (script is segkc)]
+    argv += ["--sup-loss", "ohem", "--ohem-least", "500", *["--labeled-only"] * labeled_only]
+    run_main(script, argv, tmp_path / "run")
+    networks = 1 if labeled_only or script is speed else 2
+    assert flags == [("ohem", 500)] * (2 * networks)  # two steps
 
 
 def test_ohem_has_no_gradient_at_dropped_pixels():
