@@ -115,10 +115,12 @@ def parse(
     if dataset in data.PRESETS:  # else the second go says so
         vit = any(b.startswith("dinov2") for b in (known.backbone, known.senior, known.junior))
         preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
-        preset |= method.get("all", {}) | method.get(dataset, {})
+        slow = {"lr": preset["lr"]} if vit else {}  # a script's own rate is for CNNs
+        preset |= method.get("all", {}) | method.get(dataset, {}) | slow
         if isinstance(saved.get("eval"), dict):  # as best.pt was evaluated
             # as text, so that argparse checks it like a flag
             preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode")}
+            preset["tta"] = saved["eval"].get("tta") is True
         p.set_defaults(dataset=dataset, **preset)
     return p.parse_args(argv)
 
@@ -194,6 +196,8 @@ def average_buffers(nets: Iterable[nn.Module]) -> None:
     Without it ranks would evaluate, and predict pseudo-labels, with different networks.
     """
     buffers = [b for net in nets for b in net.buffers() if b.is_floating_point()]
+    if not buffers:  # DINOv2 with DPT
+        return
     flat = rank_mean(torch.cat([b.flatten() for b in buffers]))
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
@@ -238,7 +242,7 @@ def supervised_loss(
 def predict(net: Segmenter, image: Tensor, args: argparse.Namespace) -> Tensor:
     """Scores [B, C, H, W] whose argmax is the prediction; image [B, 3, H, W] on the net's grid.
 
-    Whole image: logits. Sliding windows and --tta: softmax summed over windows, flips, scales.
+    Whole image: logits. Sliding windows: mean softmax. --tta: softmax summed over flips, scales.
     """
     slide = args.eval_mode == "slide"
     if not args.tta:
@@ -255,7 +259,7 @@ def predict(net: Segmenter, image: Tensor, args: argparse.Namespace) -> Tensor:
 
 
 def _slide(net: Segmenter, image: Tensor, crop: int) -> Tensor:
-    """Softmax summed over windows of the crop size, 2/3 of it apart, the last shifted inside."""
+    """Mean softmax of windows of the crop size, 2/3 of it apart, the last shifted inside."""
     height, width = image.shape[-2:]
     image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
     stride = crop * 2 // 3
@@ -263,13 +267,14 @@ def _slide(net: Segmenter, image: Tensor, crop: int) -> Tensor:
         [min(i * stride, n - crop) for i in range(math.ceil((n - crop) / stride) + 1)]
         for n in image.shape[-2:]
     )
-    total = None
+    total, count = None, image.new_zeros(image.shape[-2:])
     for top, left in itertools.product(tops, lefts):
         rows, columns = slice(top, top + crop), slice(left, left + crop)
         p = net(image[:, :, rows, columns]).softmax(1)
         total = p.new_zeros(*p.shape[:2], *image.shape[-2:]) if total is None else total
         total[:, :, rows, columns] += p
-    return total[:, :, :height, :width]
+        count[rows, columns] += 1
+    return (total / count)[:, :, :height, :width]
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -287,7 +292,20 @@ def iou_of(confusion: Tensor) -> tuple[float, list[float | None]]:
     return sum(present) / max(len(present), 1), iou
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def inference(*nets: nn.Module) -> Iterator[None]:
+    """No gradient, eval mode; no tuning by cuDNN either, which would cost more as sizes vary."""
+    cudnn, modes = torch.backends.cudnn, [net.training for net in nets]
+    tuning, cudnn.benchmark = cudnn.benchmark, False
+    for net in nets:
+        net.eval()
+    with torch.no_grad():
+        yield
+    for net, mode in zip(nets, modes, strict=True):
+        net.train(mode)
+    cudnn.benchmark = tuning
+
+
 def evaluate(
     nets: dict[str, Segmenter],
     split: data.Source | data.Split,
@@ -298,28 +316,23 @@ def evaluate(
     """Confusion matrices [C, C] of networks over the val images, each once over all ranks.
 
     Batches are made of the whole set, then dealt to the ranks: as their content does not depend
-    on the number of ranks, neither does rounding. `write` gets the first network's predictions.
+    on the number of ranks, neither does rounding. Each network sees images padded to its own grid,
+    so that its score does not depend on its partners. `write` gets the first one's predictions.
     """
     (rank, world), classes = rank_world(), len(split.classes)
     first = next(iter(nets.values()))
-    modes = [net.training for net in nets.values()]
     total = {n: torch.zeros(classes, classes, dtype=torch.int64, device=device) for n in nets}
-    cudnn = torch.backends.cudnn
-    tuning, cudnn.benchmark = cudnn.benchmark, False  # sizes vary: tuning for each would cost more
-    for net in nets.values():
-        net.eval()
-    grid = math.lcm(*(net.backbone.grid for net in nets.values()))
-    batches = data.ValBatches(split.val, classes, grid)
-    for batch in data.val_batches(batches, rank, world, args.workers, device):
-        for name, net in nets.items():
-            with autocast(args.amp, device):
-                prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
-            total[name] += confusion_matrix(prediction, batch["label"], classes)
-            if write and net is first:
-                write(batch, prediction)
-    for net, mode in zip(nets.values(), modes, strict=True):
-        net.train(mode)
-    cudnn.benchmark = tuning
+    for grid in dict.fromkeys(net.backbone.grid for net in nets.values()):
+        alike = {name: net for name, net in nets.items() if net.backbone.grid == grid}
+        batches = data.ValBatches(split.val, classes, grid)
+        with inference(*alike.values()):
+            for batch in data.val_batches(batches, rank, world, args.workers, device):
+                for name, net in alike.items():
+                    with autocast(args.amp, device):
+                        prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
+                    total[name] += confusion_matrix(prediction, batch["label"], classes)
+                    if write and net is first:
+                        write(batch, prediction)
     return {name: rank_sum(t) for name, t in total.items()}
 
 
@@ -385,7 +398,9 @@ def test(args: argparse.Namespace) -> None:
     if rank_world()[0] == 0:
         for name, value in zip(source.classes, iou, strict=True):
             print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
-        print(f"mIoU {miou:.2f} on {len(source.val)} images · {args.test_only}")
+        how = args.eval_mode + " with flips and scales" * args.tta
+        how = f"{saved['config']['backbone']}, {how}, amp {args.amp}"
+        print(f"mIoU {miou:.2f} on {len(source.val)} images · {how} · {args.test_only}")
     end_process()
 
 
@@ -419,16 +434,17 @@ class Run:
         self.positions = range(self.rank * share, (self.rank + 1) * share)  # in the global batch
         source = data.load_source(args.dataset, args.root)
         self.split = data.make_split(source, args.split, args.split_seed, args.protocol)
-        if not (self.split.unlabeled or args.labeled_only):
+        if len(self.split.unlabeled) < 2 and not args.labeled_only:
             raise InputError(
-                f"--split {args.split}: leaves no unlabelled image; label fewer, or --labeled-only"
+                f"--split {args.split}: leaves {len(self.split.unlabeled) or 'no'} unlabelled "
+                "image, and CutMix pairs two; label fewer, or --labeled-only"
             )
         pixels = args.batch_size * args.crop_size**2
-        if args.sup_loss == "ohem" and args.ohem_least >= pixels:
+        if args.sup_loss == "ohem" and args.ohem_least > pixels / 2:  # void, padding count not
             raise InputError(
-                f"--sup-loss ohem keeps --ohem-least {args.ohem_least} pixels, all of a batch of "
-                f"{args.batch_size} crops of {args.crop_size} ({pixels}), so it is CE; lower it, "
-                f"for instance to {max(1, pixels // 25)}, about its share on Cityscapes"
+                f"--sup-loss ohem keeps --ohem-least {args.ohem_least} pixels, over half of a "
+                f"batch of {args.batch_size} crops of {args.crop_size} ({pixels}), so it is nearly "
+                f"CE; lower it, e.g. to {max(1, pixels // 25)}, about its share on Cityscapes"
             )
         self.device = start_process(args)
         epoch = max(1, len(self.split.unlabeled or self.split.labeled) // args.batch_size)
@@ -533,14 +549,18 @@ class Run:
         Goes on from latest.pt in --out if its flags and lists agree with this run's.
         """
         self.state |= state
-        args, out, step, log_bytes = self.args, self.args.out, 0, 0
+        args, out, step, log_bytes, old = self.args, self.args.out, 0, 0, []
         found = [out / n for n in ("latest.pt", "latest.prev.pt") if (out / n).exists()]
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # else torchrun's restart
         goes_on = bool(found) and not (args.overwrite and first)
+        lost = not found and (out / "best.pt").exists() and first and not args.overwrite
+        if lost and (args.resume == "none" or not self._stopped_early()):
+            why = "holds a run's best.pt, but no latest.pt to go on from"
+            raise InputError(f"{out}: {why}; give another --out, or --overwrite")
         if goes_on:
             if args.resume == "none" and first:
                 raise InputError(f"{out}: holds a run; give another --out, or --overwrite")
-            saved = self._load(found)
+            saved, old = self._load(found)
             try:
                 for name, value in self.state.items():
                     value.load_state_dict(saved[name])
@@ -559,7 +579,12 @@ class Run:
             dist.barrier()  # until every rank has read what rank 0 may now overwrite
         self.since = step
         if self.rank == 0:
-            self._open_log(log_bytes, old=() if goes_on else (*found, out / "best.pt"))
+            rest = []
+            if not goes_on:
+                old, rest = found, [out / "best.pt"]
+                if args.overwrite:
+                    rest += [*out.glob("preview/[0-9]*.png"), *out.glob("events.out.tfevents.*")]
+            self._open_log(log_bytes, step, old, rest)
             quiet = not sys.stderr.isatty()
             self.bar = tqdm(total=args.iters, initial=step, disable=quiet, unit="step")
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -572,15 +597,19 @@ class Run:
         flags = {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items()}
         return {k: v for k, v in flags.items() if k not in self.FREE} | {"lists": self.split.hash}
 
-    def _load(self, found: list[Path]) -> dict:
-        """latest.pt, or the one before it where that cannot be read; InputError if flags differ."""
+    def _load(self, found: list[Path]) -> tuple[dict, list[Path]]:
+        """latest.pt, or the one before it where that cannot be read; InputError if flags differ.
+
+        Also the unreadable one, which the next save would keep in place of the good one.
+        """
+        broken = []
         try:
             saved, path = load_checkpoint(found[0]), found[0]
         except InputError as e:
             if len(found) == 1:
                 raise
             self.say(f"{e}; going back to {found[1]}")
-            saved, path = load_checkpoint(found[1]), found[1]
+            saved, path, broken = load_checkpoint(found[1]), found[1], found[:1]
         was, now = saved.get("flags"), self._flags()
         if not isinstance(was, dict):
             raise InputError(f"{path}: no latest.pt of ours; give another --out, or --overwrite")
@@ -591,10 +620,20 @@ class Run:
                 "give the same, another --out, or --overwrite"
             )
         self.say(f"going on from {path}, step {saved.get('step')}")
-        return saved
+        return saved, broken
 
-    def _open_log(self, size: int, old: Iterable[Path]) -> None:
-        """Makes the folder, without `old`, and opens log.jsonl at byte `size`."""
+    def _stopped_early(self) -> bool:
+        """Whether the run in --out, without checkpoint, was killed before it had to save one."""
+        try:
+            was = json.loads((self.args.out / "args.json").read_text())
+            log = (self.args.out / "log.jsonl").read_text().splitlines()
+            done = max((json.loads(line)["step"] for line in log), default=0)
+            return done <= was["save_every"] and done < was["iters"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _open_log(self, size: int, step: int, old: list[Path], rest: list[Path]) -> None:
+        """Makes the folder, without `old`, opens log.jsonl at byte `size`, then removes `rest`."""
         out = self.args.out
         try:
             (out / "preview").mkdir(parents=True, exist_ok=True)
@@ -605,13 +644,15 @@ class Run:
             flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
             (out / "args.json").write_text(json.dumps(flags, indent=1) + "\n")
             self.file.truncate(min(size, self.file.tell()))
+            for path in rest:
+                path.unlink(missing_ok=True)
             self.file.seek(0, os.SEEK_END)
         except OSError as e:
             raise RunError(f"{out}: cannot be written ({e.strerror}); give another --out") from None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(out)
+            self.board = SummaryWriter(out, purge_step=step + 1)
 
     def _lock(self) -> None:
         """Keeps log.jsonl, and so the folder, to this process (not its workers) till it ends."""
@@ -674,6 +715,11 @@ class Run:
 
     def _train_line(self, done: int) -> None:
         self._check(done)
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise RunError(
+                f"step {done}: gradients are not finite, --amp fp16 has left out their steps; the "
+                f"last good checkpoint in {self.args.out} stays; try --amp bf16 or off"
+            )
         means = torch.stack(self.rows).mean(0).tolist()
         self.rows = []
         now, images = time.perf_counter(), self.args.batch_size * (2 - self.args.labeled_only)
@@ -716,26 +762,23 @@ class Run:
             if self.rank == 0:
                 best = {"net": first.state_dict(), "config": first.config, "classes": classes}
                 best |= {"dataset": self.args.dataset, "mean": data.MEAN, "std": data.STD}
-                best["eval"] = {k: getattr(self.args, k) for k in ("crop_size", "eval_mode")}
+                best["eval"] = {k: getattr(self.args, k) for k in ("crop_size", "eval_mode", "tta")}
                 save_file(best | {"step": done, "miou": self.last}, self.args.out / "best.pt")
         self._write("eval", line)
         if self.rank == 0:
             self._preview(first, done)
         self.clock += time.perf_counter() - begin  # images/s is of training
 
-    @torch.no_grad()
     def _preview(self, net: Segmenter, done: int) -> None:
         """preview/<step>.png: image, ground truth, prediction of the first four val images."""
-        net.eval()
         rows = []
         for item in self.split.val[:4]:
             one = data.ValBatches([item], len(self.split.classes), net.backbone.grid)
             batch = next(data.val_batches(one, 0, 1, 0, self.device))
-            with self.autocast():
+            with inference(net), self.autocast():
                 prediction = predict(net, batch["image"], self.args).argmax(1)
             (h, w), maps = batch["size"][0], (batch["image"], batch["label"], prediction)
             rows.append(picture(*(m[0, ..., :h, :w] for m in maps)))
-        net.train()
         width = max(row.shape[1] for row in rows)
         rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
         path = self.args.out / f"preview/{done:06d}.png"
@@ -828,11 +871,13 @@ def launch(main: Callable[[], None]) -> None:
         status = 2 if isinstance(e, InputError) else 1
         if rank == 0 or dist.is_initialized():  # before that, all ranks see the same input
             print(f"[rank {rank}] " * (world > 1) + f"error: {e}", file=sys.stderr)
+        else:
+            time.sleep(5)  # torchrun ends all ranks at the first exit: rank 0's line comes first
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
     except KeyboardInterrupt:  # later ones are caught, see Run.resume
         status = 128 + signal.SIGINT
-        print("interrupted before the first step; nothing was written", file=sys.stderr)
+        print("interrupted before the first step", file=sys.stderr)
     except BaseException:
         status = 1
         traceback.print_exc()

@@ -51,6 +51,7 @@ CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 SHAPES_CLASSES = (
     "background ringed_disk checkered_square striped_triangle dotted_star grained_cross"
 ).split()
+ROOT = Path("data")  # default of --root
 PROTOCOLS = ("classic", "blended", "priority")
 
 # What the field trains each data set with; `epochs` counts passes over the unlabelled images.
@@ -181,9 +182,11 @@ def _folder(root: Path) -> Source:
         )
 
     def items(part: str) -> list[Item]:
-        files = sorted((root / part / "images").glob("*"))
+        files = (root / part / "images").glob("*")
         files = [f for f in files if f.suffix.lower() in Image.registered_extensions()]
-        masks = {m.stem: m for m in (root / part / "masks").glob("*.png")}
+        files.sort(key=lambda f: (f.stem, f.suffix))
+        masks = (root / part / "masks").glob("*")
+        masks = {m.stem: m for m in masks if m.suffix.lower() == ".png"}
         return [Item(f.stem, f, masks.get(f.stem)) for f in files]
 
     source = Source("folder", _list(classes), root, items("train"), items("val"))
@@ -217,8 +220,16 @@ def _shapes(root: Path) -> Source:
 
 
 def find_dataset(name: str | None, root: Path) -> str:
-    """The data set that a run without --dataset takes: pascal if it is under root, else shapes."""
-    return name or ("pascal" if _pascal_root(root) else "shapes")
+    """The data set that a run without --dataset takes: pascal if it is under root, else shapes.
+
+    InputError for a root that was given, but does not hold VOC.
+    """
+    if name or _pascal_root(root):
+        return name or "pascal"
+    if root != ROOT:
+        kind = "folder" if os.path.isfile(root / "classes.txt") else "folder, cityscapes or shapes"
+        raise InputError(f"--root {root}: no PASCAL VOC 2012 here; give --dataset {kind} too")
+    return "shapes"
 
 
 def load_source(name: str, root: Path) -> Source:
@@ -321,7 +332,8 @@ def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Imag
     mask = _open(item.mask, "mask")
     if mask.mode not in ("L", "P"):
         raise InputError(
-            f"{item.mask}: mode {mask.mode}, not one 8-bit channel of class ids; save it as such"
+            f"{item.mask}: mode {mask.mode}, not one 8-bit channel of class ids; map each colour "
+            "to its class's id and save that"
         )
     mask = Image.frombytes("L", mask.size, mask.tobytes())  # palette indices, not colours
     if item.mask.name.endswith("_labelIds.png"):
@@ -351,7 +363,7 @@ class Split:
     unlabeled: list[Item]
     val: list[Item]
     classes: list[str]
-    hash: str  # of the labelled and unlabelled ids
+    hash: str  # of the labelled and unlabelled ids, and of masks that are not the data set's
     line: str  # says data set, protocol, counts and hash: the run's first log line
 
 
@@ -369,6 +381,13 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
         labeled, unlabeled = _draw(source, split, split_seed, protocol)
         said = f"--split {split}, --split-seed {split_seed}"
         said = f"{protocol} protocol, {said}" if source.name == "pascal" else said
+    if source.fine and all(i.id in source.fine for i in source.train):
+        if protocol != "classic":
+            raise InputError(
+                f"--protocol {protocol}: {source.root} has VOC's own {len(source.train)} training "
+                "images alone; add SBD's by python data.py --dataset pascal --download"
+            )
+        said += " (no SBD: VOC's own images alone)"
 
     def there(path: Path | int | None) -> bool:
         built_in = isinstance(path, int) or path == BUILT_IN
@@ -388,7 +407,17 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     for item in unlabeled:
         if item.image in labeled_images:
             raise InputError(f"{item.id}: labelled and unlabelled; unlist it once in {split}")
-    ids = "\n".join([i.id for i in labeled] + ["--"] + [i.id for i in unlabeled])
+    for item in source.val:
+        for file in (item.image, item.mask):
+            if not there(file):
+                raise InputError(f"{item.id}: a val image; no such file: {file}; fetch it")
+    own = {(i.image, i.mask) for i in source.train}
+
+    def name(i: Item) -> str:  # lists may give an image another mask than the data set's
+        files = (p.relative_to(source.root).as_posix() for p in (i.image, i.mask) if p)
+        return i.id if (i.image, i.mask) in own else f"{i.id} {' '.join(files)}"
+
+    ids = "\n".join([name(i) for i in labeled] + ["--"] + [i.id for i in unlabeled])
     digest = hashlib.sha256(ids.encode()).hexdigest()[:8]
     line = (
         f"{source.name}: {said}: {len(labeled)} labelled, {len(unlabeled)} unlabelled, "
@@ -415,6 +444,8 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
             f"--split {split}: neither a fraction (1/8, full), a count (92) nor a directory with "
             "labeled.txt and unlabeled.txt"
         )
+    if not most:
+        raise InputError(f"{source.root}: no training image has a mask of its stem; add some")
     if not 0 < n <= most:
         raise InputError(f"--split {split}: {n} labelled images, but it must be 1 to {most}")
     chosen = {i.id for i in pool[:n]}
@@ -439,7 +470,8 @@ def _read_list(source: Source, path: Path) -> list[Item]:
             if mask and os.path.isfile(mask):  # else its own: lists name VOC's folder for SBD's too
                 item = Item(item.id, image, mask)
         else:
-            item = by_id.get(words[0]) or by_id.get(Path(words[0]).stem)
+            a_file = Path(words[0]).suffix.lower() in Image.registered_extensions()
+            item = by_id.get(words[0]) or by_id.get(Path(words[0]).stem if a_file else "")
         if item is None:
             raise InputError(f"{path}: {words[0]} is not in {source.name} {source.root}; remove it")
         if item.image in seen:
@@ -551,7 +583,10 @@ class TrainBatches(Dataset):
         return [rng(self.seed, stream, step, p) for p in self.positions]
 
     def pick(self, items: list[Item], stream: str, step: int) -> list[Item]:
-        """Epochs of shuffled images, incomplete last batches dropped: no image twice in one."""
+        """Epochs of shuffled images, incomplete last batches dropped.
+
+        No image is twice in a batch, unless there are fewer than its size; neighbours differ.
+        """
         epoch, k = divmod(step, max(1, len(items) // self.batch))
         order = _order(self.seed, stream, epoch, len(items))
         return [items[order[(k * self.batch + p) % len(items)]] for p in self.positions]
@@ -802,17 +837,25 @@ def colorize(label: np.ndarray) -> np.ndarray:
     return palette()[label]
 
 
-def check(source: Source) -> list[str]:
-    """Opens every image and mask of a data set; returns all faults, a line each."""
-    faults = []
+def check(source: Source) -> tuple[list[str], list[str]]:
+    """Opens every image and mask; returns all faults, a line each, and the classes in no mask."""
+    faults, seen = [], set()
     for item in tqdm([*source.train, *source.val], unit="image", disable=None):
         try:
             image = read_image(item)
             if item.mask:
-                read_mask(item, image.size, len(source.classes))
+                mask = read_mask(item, image.size, len(source.classes))
+                seen |= {v for v, n in enumerate(mask.histogram()) if n}
         except InputError as e:
             faults.append(str(e))
-    return faults
+    for part, items in (("train", source.train), ("val", source.val)):
+        masks, ids = source.root / part / "masks", {i.id for i in items}
+        for mask in sorted(masks.glob("*")) if source.name == "folder" else ():
+            if mask.stem not in ids or mask.suffix.lower() != ".png":
+                faults.append(
+                    f"{mask}: no image's mask; name it like its image, .png, or remove it"
+                )
+    return faults, [name for k, name in enumerate(source.classes) if k not in seen]
 
 
 def download(root: Path) -> None:
@@ -825,9 +868,13 @@ def download(root: Path) -> None:
         raise InputError(
             "SBD's masks are .mat files: run `pip install scipy`, then again"
         ) from None
-    VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
     sbd = root / "sbd"
-    SBDataset(str(sbd), image_set="train", mode="segmentation", download=not (sbd / "cls").is_dir())
+    more = dict(mode="segmentation", download=not (sbd / "cls").is_dir())
+    try:
+        VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
+        SBDataset(str(sbd), image_set="train", **more)
+    except (OSError, RuntimeError) as e:
+        raise InputError(f"{root}: cannot be fetched ({e}); see where, or try again") from None
     voc = _pascal_root(root)
     lists, aug = voc / "ImageSets/Segmentation", voc / "SegmentationClassAug"
     aug.mkdir(exist_ok=True)
@@ -874,7 +921,9 @@ def number(kind: type, above: float = -1, least: float = 0, most: float = math.i
     def parse_number(text: str) -> float:
         value = kind(text)
         if not (above < value < math.inf and least <= value <= most):
-            raise argparse.ArgumentTypeError(f"{text} is out of range; see --help")
+            low = f"above {above:g}" if above >= 0 else f"at least {least:g}"
+            high = f", at most {most:g}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {low}{high}")
         return value
 
     parse_number.__name__ = kind.__name__  # argparse says "invalid float value"
@@ -888,9 +937,13 @@ WEIGHT, POSITIVE, SHARE = number(float), number(float, above=0), number(float, m
 def add_flags(a: Callable) -> None:
     """The flags of a data set and its split, by a parser's (or a group's) add_argument."""
     a("--dataset", choices=tuple(PRESETS), help="unset: pascal if under --root, else shapes")
-    a("--root", type=Path, default=Path("data"), help="folder of the data set")
+    a("--root", type=Path, default=ROOT, help="folder of the data set")
     a("--protocol", choices=PROTOCOLS, default="classic", help="which VOC masks are labelled")
-    a("--split", default="1/16", help="labelled: a fraction, full, a count, or a folder of lists")
+    a(
+        "--split",
+        default="1/16",
+        help="labelled: a share of all masks, full, a count, or a folder of lists",
+    )
     a("--split-seed", type=COUNT, default=0, help="draws the split, unless that is a folder")
 
 
@@ -927,7 +980,9 @@ def main() -> None:
         write_split(split, source.root, args.write_split)
         print(f"{split.line}\nwritten to {args.write_split}")
     else:
-        faults = check(source)
+        faults, absent = check(source)
+        if absent:
+            print(f"in no mask: {', '.join(absent)}; was such a class saved as 255?")
         counts = f"{len(source.train)} train, {len(source.val)} val images"
         print(*faults, f"{name}: {counts}, {len(faults)} faults", sep="\n")
         if faults:
@@ -937,6 +992,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:  # an OSError is of a file to write, or of the network
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students")
     a("--threshold-ss", type=common.SHARE, default=0.0, help="tau of L_ss, as --threshold of L_st")
     a("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
-    a("--lambda0", type=common.WEIGHT, default=1.5, help="strength of the augmentation at the end")
+    a("--lambda0", type=common.WEIGHT, default=1.5, help="strength of --fa at the end")
     a("--keep-padding", action=flag, default=False, help="padding takes part, as in released code")
     a("--teacher-mode", choices=("train", "eval"), default="train", help="teachers' batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
@@ -51,8 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     small |= dict(batch_size=4, lr=2e-3, epochs=4)  # 480 steps
     args = common.parse(p, argv, all=dict(threshold=0.0), shapes=small)
     if (args.fa, args.teacher_mode) == ("all", "eval"):  # Sigma keeps every step's features
-        why = "features by running statistics explode in the first steps"
-        raise data.InputError(f"--fa all: {why}; give --teacher-mode train, or --fa students")
+        why = "features by running statistics explode at first"
+        raise data.InputError(f"--fa all (default): {why}; --teacher-mode train or --fa students")
     return args
 
 
@@ -263,8 +263,8 @@ def mkd_step(
     loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, keep_s, valid)
 
     # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss (step 14)
-    unlabeled = args.lambda_st * loss_st + args.lambda_ss * loss_ss
-    loss = loss_sup1 + loss_sup2 + run.ramp(step) * unlabeled
+    mutual = args.lambda_st * loss_st + args.lambda_ss * loss_ss  # of x as of u_mix
+    loss = loss_sup1 + loss_sup2 + run.ramp(step) * mutual
     confident = masked_mean(torch.stack(keep_t).float().mean(0), valid, valid)
     terms = {"loss": loss, "L_sup1": loss_sup1, "L_sup2": loss_sup2}
     return terms | {"L_st": loss_st, "L_ss": loss_ss, "confident": confident}

@@ -308,7 +308,8 @@ class DeepLabV3Plus(Segmenter):
         vit = backbone in DINOV2
         self.backbone = DINOv2(backbone) if vit else CNN(backbone, output_stride)
         low, deep = self.backbone.channels[0], self.backbone.channels[-1]
-        self.aspp = ASPP(deep, [r * 16 // output_stride for r in (6, 12, 18)], 256)
+        dilation = 1 if vit else 16 // output_stride
+        self.aspp = ASPP(deep, [r * dilation for r in (6, 12, 18)], 256)
         self.aspp.project = self.aspp.project[:3]
         self.reduce = _conv_bn_relu(low, 48, 1)
         self.fuse = nn.Sequential(_conv_bn_relu(256 + 48, 256, 3), _conv_bn_relu(256, 256, 3))
@@ -387,7 +388,8 @@ def load_weights(net: Segmenter, name: str, weights: str) -> str:
     line = f"{name}: weights {weights}: {len(same)} keys matched, {len(missing)} missing"
     line += f", {len(others)} unexpected"
     stages = {key.split(".")[0] for key in own}
-    wrong = missing + [k for k in others if k.split(".")[0] in stages]  # not a classifier's
+    # a classifier's have other first names, and none is a bare tensor like a ViT's register_tokens
+    wrong = missing + [k for k in others if "." not in k or k.split(".")[0] in stages]
     if wrong:
         k = wrong[0]
         shapes = [tuple(getattr(v[k], "shape", ())) for v in (state, own) if k in v]

@@ -68,7 +68,7 @@ def cutmix(t: Tensor, box: Tensor) -> Tensor:
 def cps_loss(
     z: Tensor, pseudo_label: Tensor, confidence: Tensor, valid: Tensor, tau: float
 ) -> Tensor:
-    """M(CE(z, y_hat), c >= tau) (step 5): a network's logits, the other's label and confidence."""
+    """masked_mean(CE(z, y_hat), c >= tau and valid) (step 5): z one's, y_hat and c the other's."""
     ce = F.cross_entropy(z, pseudo_label, reduction="none")  # [B, H, W]
     return masked_mean(ce, (confidence >= tau) & valid, valid)
 
@@ -146,7 +146,7 @@ def segkc_step(
     sup = args.sup_loss, args.ohem_least
     loss_sup = 0.5 * sum(common.supervised_loss(z, y, *sup) for z in (z_s_x, z_j_x))
 
-    # L_cps = 1/2 [M(CE(z_S, y_hat_J), c_J >= tau) + M(CE(z_J, y_hat_S), c_S >= tau)] (step 5)
+    # L_cps = 1/2 [masked_mean(CE(z_S, y_hat_J), c_J >= tau) + the same of z_J and S] (step 5)
     cps_s = cps_loss(z_s_u, y_hat["junior"], c["junior"], valid_u, args.threshold)
     cps_j = cps_loss(z_j_u, y_hat["senior"], c["senior"], valid_u, args.threshold)
     loss_cps = 0.5 * (cps_s + cps_j)
@@ -180,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     run = common.Run(args)
 
     # ---- networks, optimizer: the junior first, so that its weights are those of other scripts
-    nets, senior_weights = {}, args.senior_weights or args.weights
-    shared = args.senior_weights or args.weights in ("imagenet", "none")
+    nets, senior_weights = {}, "none" if args.labeled_only else args.senior_weights
+    shared = senior_weights or args.weights in ("imagenet", "none")
     if not shared and args.senior != args.backbone:
         raise data.InputError(
             f"--weights {args.weights}: a file of {args.backbone}; "
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     for name, backbone, weights in (
         ("junior", args.backbone, args.weights),
-        ("senior", args.senior, senior_weights),
+        ("senior", args.senior, senior_weights or args.weights),
     ):
         net = build_network(backbone, len(run.split.classes), args.output_stride, args.decoder)
         size = sum(p.numel() for p in net.parameters()) / 1e6

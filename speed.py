@@ -127,11 +127,11 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, sharp: float = 0.1)
 
     f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Mostly padded cells are no row and no column of S.
     """
-    stride = valid_m.shape[-1] / f_m.shape[-1]  # 4, on patches 14
-    pool = max(1, round(16 / stride))
-    f_t, f_m = (F.avg_pool2d(f.float(), pool, ceil_mode=True) for f in (f_t, f_m))
-    cells = F.avg_pool2d(valid_m[:, None].float(), round(pool * stride), ceil_mode=True)
-    cells = F.interpolate(cells, f_m.shape[-2:]).flatten(1) > 0.5  # [B, N]
+    pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # 4, on patches 1
+    share = F.interpolate(valid_m[:, None].float(), f_m.shape[-2:], mode="area")
+    maps = (f_t.float(), f_m.float(), share)
+    f_t, f_m, cells = (F.avg_pool2d(t, pool, ceil_mode=True) for t in maps)
+    cells = cells.flatten(1) > 0.5  # [B, N]
 
     def log_s(f: Tensor) -> Tensor:
         f = F.normalize(f.flatten(2), dim=1)

@@ -610,6 +610,50 @@ def test_drawn_split_with_a_missing_file(tmp_path):
         data.make_split(data.load_source("pascal", root), "2", 0, "classic")
 
 
+@pytest.mark.parametrize("what", ["leftImg8bit", "gtFine"])
+def test_val_images_without_a_file_are_found_before_training(what, tmp_path):
+    root = make_cityscapes(tmp_path / "city")
+    lost = next(p for p in sorted(root.glob(f"{what}/val/*/*")) if "color" not in p.name)
+    source = data.load_source("cityscapes", root)
+    lost.unlink()
+    with pytest.raises(InputError, match=f"a val image; no such file.*{lost.name}"):
+        data.make_split(source, "2", 0, "classic")
+
+
+def test_voc_without_sbd(tmp_path):
+    """Guards: the blended protocol's name over the classic one's images."""
+    root = make_pascal(tmp_path / "voc")
+    voc = root / "VOCdevkit/VOC2012"
+    (voc / "ImageSets/Segmentation/trainaug.txt").unlink()
+    for path in (voc / "SegmentationClassAug").iterdir():
+        path.unlink()
+    source = data.load_source("pascal", root)
+    assert "no SBD" in data.make_split(source, "2", 0, "classic").line
+    for protocol in ("blended", "priority"):
+        with pytest.raises(InputError, match=f"--protocol {protocol}.*--download"):
+            data.make_split(source, "2", 0, protocol)
+
+
+def test_lists_with_other_masks_are_other_lists(tmp_path):
+    """Guards: a run that goes on with other labels of the same images, as the hash is the same."""
+    root = make_folder(tmp_path / "f")
+    save(root / "train/others/t00.png", np.ones((40, 48), np.uint8))
+    source, hashes = data.load_source("folder", root), []
+    for k, mask in enumerate(("train/masks/t00.png", "train/others/t00.png", "")):
+        place = lists(tmp_path / f"l{k}", [f"train/images/t00.jpg {mask}".strip()], ["t06", "t07"])
+        hashes.append(data.make_split(source, place, 0, "classic").hash)
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_an_id_with_a_dot_is_not_cut(tmp_path):
+    source = data.load_source("folder", make_folder(tmp_path / "f"))
+    place = lists(tmp_path / "l", ["t00.crop7"], ["t06", "t07"])
+    with pytest.raises(InputError, match="t00.crop7 is not in"):
+        data.make_split(source, place, 0, "classic")
+    split = data.make_split(source, lists(tmp_path / "k", ["t00.jpg"], ["t06"]), 0, "classic")
+    assert split.labeled[0].id == "t00"
+
+
 def test_labelled_without_a_mask(tmp_path):
     source = data.load_source("folder", make_folder(tmp_path / "f"))
     with pytest.raises(InputError, match="t06.*no mask"):
@@ -666,7 +710,11 @@ def test_pascal_layouts(tmp_path):
 
 
 def test_default_data_set(tmp_path):
-    assert data.find_dataset(None, tmp_path) == "shapes"
+    assert data.find_dataset(None, data.ROOT) == "shapes"
+    with pytest.raises(InputError, match="give --dataset folder, cityscapes or shapes"):
+        data.find_dataset(None, tmp_path)  # not shapes: a --root was given
+    with pytest.raises(InputError, match="give --dataset folder too"):
+        data.find_dataset(None, make_folder(tmp_path / "f"))
     assert data.find_dataset(None, make_pascal(tmp_path / "voc")) == "pascal"
     assert data.find_dataset("folder", tmp_path / "voc") == "folder"
 
@@ -696,6 +744,21 @@ def test_folder_images_without_a_mask_are_unlabelled(tmp_path):
     assert source.classes == ["sky", "road", "car"]
     assert [i.mask is None for i in source.train] == [False] * 3 + [True] * 2
     assert source.train[1].mask == tmp_path / "train/masks/t01.png"
+
+
+def test_masks_by_their_stem_in_any_case(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "train/masks/t01.png").rename(root / "train/masks/t01.PNG")
+    assert data.load_source("folder", root).train[1].mask.name == "t01.PNG"
+
+
+def test_images_of_one_stem(tmp_path):
+    """Guards: a pair that is not side by side in the order of the file names."""
+    root = make_folder(tmp_path)
+    for name in ("t00.bmp", "t00.c.png"):
+        save(root / "train/images" / name, noise(0))
+    with pytest.raises(InputError, match="t00.bmp and t00.jpg: one stem"):
+        data.load_source("folder", root)
 
 
 MISSING = {"pascal": "JPEGImages", "cityscapes": "leftImg8bit", "folder": "classes.txt"}
@@ -1212,14 +1275,43 @@ def test_check_lists_all_faults(tmp_path, monkeypatch, capsys):
     truncate(root / "train/images/t06.jpg")  # an unlabelled one
     save(root / "train/masks/t02.png", np.full((40, 48), 3, np.uint8))
     save(root / "val/masks/v01.png", blobs(0, 3)[1:])
+    (root / "train/masks/t03.png").rename(root / "train/masks/t03_mask.png")  # no image's
     with pytest.raises(SystemExit) as e:
         command(monkeypatch, "--dataset", "folder", "--root", root)
     assert e.value.code == 1
     lines = capsys.readouterr().out.strip().splitlines()
-    for name in ("t01.jpg", "t06.jpg", "t02.png", "v01.png"):
+    for name in ("t01.jpg", "t06.jpg", "t02.png", "v01.png", "t03_mask.png"):
         assert sum(name in line for line in lines) == 1
-    assert len(lines) == 5
-    assert "4 faults" in lines[-1]
+    assert len(lines) == 6
+    assert "5 faults" in lines[-1]
+
+
+def test_check_finds_a_class_that_is_in_no_mask(tmp_path, monkeypatch, capsys):
+    """Guards: masks of 0 and 255, whose foreground is ignored without a word."""
+    root = make_folder(tmp_path)
+    for mask in root.glob("*/masks/*"):
+        save(mask, (blobs(0, 3) > 0).astype(np.uint8) * 255)
+    assert data.check(data.load_source("folder", root)) == ([], ["road", "car"])
+    command(monkeypatch, "--dataset", "folder", "--root", root)
+    assert "in no mask: road, car" in capsys.readouterr().out
+
+
+def test_no_mask_at_all(tmp_path):
+    root = make_folder(tmp_path)
+    for mask in (root / "train/masks").iterdir():
+        mask.rename(mask.with_name(f"{mask.stem}_mask.png"))
+    with pytest.raises(InputError, match="no training image has a mask of its stem"):
+        data.make_split(data.load_source("folder", root), "1/16", 0, "classic")
+
+
+@pytest.mark.parametrize("flags", ["--write-split", "--preview"])
+def test_a_place_that_cannot_be_written(flags, tmp_path):
+    (tmp_path / "f").touch()
+    argv = [sys.executable, data.__file__, "--dataset", "shapes", flags, tmp_path / "f/x.png"]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert str(tmp_path / "f") in ended.stderr
 
 
 def test_preview(tmp_path, monkeypatch, capsys):
@@ -1346,7 +1438,7 @@ def test_voc_sample(capsys):
     source = data.load_source("pascal", root)
     assert (len(source.train), len(source.val), len(source.fine)) == (64, 20, 40)
     assert data.find_dataset(None, root) == "pascal"
-    assert data.check(source) == []
+    assert data.check(source)[0] == []
     for protocol, n in (("classic", 10), ("blended", 16), ("priority", 16)):
         assert len(data.make_split(source, "1/4", 0, protocol).labeled) == n
 

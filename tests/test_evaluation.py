@@ -63,10 +63,10 @@ def softmax(z: Tensor) -> np.ndarray:
 
 
 def windows_by_loops(net: procs.Tiny, x: Tensor) -> np.ndarray:
-    """Sum of softmax over 32x32 windows 21 apart, the last shifted back to the border."""
+    """Mean softmax of 32x32 windows 21 apart, the last shifted back to the border."""
     h, w = x.shape[-2:]
     x = F.pad(x, (0, max(0, 32 - w), 0, max(0, 32 - h)))
-    total = np.zeros((1, 4, *x.shape[-2:]))
+    total, count = np.zeros((1, 4, *x.shape[-2:])), np.zeros(x.shape[-2:])
 
     def starts(n: int) -> list[int]:
         found = [0]
@@ -79,7 +79,8 @@ def windows_by_loops(net: procs.Tiny, x: Tensor) -> np.ndarray:
             part = x[:, :, top : top + 32, left : left + 32]
             assert part.shape[-2:] == (32, 32)
             total[:, :, top : top + 32, left : left + 32] += softmax(net(part))
-    return total[:, :, :h, :w]
+            count[top : top + 32, left : left + 32] += 1
+    return (total / count)[:, :, :h, :w]
 
 
 def scores_by_loops(net: procs.Tiny, x: Tensor, mode: str, tta: bool) -> np.ndarray:
@@ -152,11 +153,17 @@ def test_iou_of():
     assert miou == pytest.approx((30 + 400 / 7) / 3)
 
 
-def test_networks_of_two_grids_are_both_padded_for(source, net, monkeypatch):
-    """Guards: a vision transformer beside a CNN that gets images its patches do not cover."""
+def test_a_networks_score_does_not_depend_on_its_partner(source, net, monkeypatch):
+    """Guards: a ViT beside a CNN whose patches do not cover the images, or padding for both."""
     other, seen = procs.Tiny(4), []
     monkeypatch.setattr(other.backbone, "grid", 14)
     other.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
-    common.evaluate({"junior": net, "senior": other}, source, options(), CPU)
+    both = common.evaluate({"junior": net, "senior": other}, source, options(), CPU)
+    assert list(both) == ["junior", "senior"]
     assert seen
-    assert all(h % 112 == w % 112 == 0 for h, w in seen)
+    assert all(h % 14 == w % 14 == 0 for h, w in seen)
+    for name, one in (("junior", net), ("senior", other)):
+        alone = common.evaluate({name: one}, source, options(), CPU)[name]
+        assert torch.equal(both[name], alone)
+    assert net.training
+    assert other.training

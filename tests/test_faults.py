@@ -367,6 +367,21 @@ def test_broken_latest_is_named_and_the_one_before_used(
     procs.assert_same(procs.result(out), straight)
 
 
+def test_a_broken_latest_does_not_take_the_place_of_the_good_one(root, out, monkeypatch):
+    """Guards: the one good checkpoint replaced, at the first save, by the broken one."""
+    truncate(out / "latest.pt")
+    good = (out / "latest.prev.pt").read_bytes()
+    monkeypatch.setattr(common.Run, "update", die_at_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(procs.flags("speed", root, out))
+    assert not (out / "latest.pt").exists()
+    assert (out / "latest.prev.pt").read_bytes() == good
+
+
+def die_at_once(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("name", ["best.pt", "nothing", "weights"])
 def test_latest_of_another_kind_is_refused(name, root, out):
     """Guards: a traceback over a whole checkpoint that is not a run's."""
@@ -503,6 +518,20 @@ def test_weights_that_are_no_number_are_not_saved(root, tmp_path, monkeypatch):
     for path in (tmp_path / "out").glob("*.pt"):
         found = load_checkpoint(path)
         assert all(v.isfinite().all() for v in found["net"].values()), path
+
+
+def test_fp16_that_leaves_out_every_step_ends_the_run(root, tmp_path, monkeypatch):
+    """Guards: a run that trains nothing and says nothing, as its gradients are not finite."""
+    whole = common.Run.update
+
+    def update(self: common.Run, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        p = optimizer.param_groups[0]["params"][0]
+        whole(self, loss + (p.flatten()[0] * 0).sqrt(), optimizer)  # 0, its gradient is not
+
+    monkeypatch.setattr(common.Run, "update", update)
+    flags = "--amp fp16 --iters 40 --log-every 18 --eval-every 40 --save-every 40"
+    with pytest.raises(RunError, match="step 18: gradients are not finite.*--amp bf16 or off"):
+        run(procs.flags("speed", root, tmp_path / "out", flags))
 
 
 # --------------------------------------------------------------------------------------- fuzz

@@ -56,7 +56,7 @@ def test_statistics_of_teachers_in_eval_mode_are_refused():
     """On shapes their features have 10^5 times the students' variance at step 17, and Sigma of all
     steps keeps it: at the end the augmentation moved every label.
     """
-    with pytest.raises(data.InputError, match="--teacher-mode train, or --fa students"):
+    with pytest.raises(data.InputError, match="--teacher-mode train or --fa students"):
         mkd.parse_args(["--dataset", "shapes", "--fa", "all"])
     for flags in ("--fa students", "--fa all --teacher-mode train"):
         mkd.parse_args(["--dataset", "shapes", *flags.split()])

@@ -341,6 +341,14 @@ def test_dpt_decoder(vits: nn.Module):
         torch.testing.assert_close(vits(x), z, rtol=1e-4, atol=1e-5)
 
 
+def test_the_output_stride_is_a_cnns(vits: nn.Module):
+    """Guards: ASPP rates of a stride that the patches do not have."""
+    for backbone, rates in (("dinov2_vits14", [1, 6, 12, 18, 1]), ("resnet18", [1, 12, 24, 36, 1])):
+        aspp = build_network(backbone, 3, 8).aspp
+        found = [m.dilation[0] for m in aspp.modules() if isinstance(m, nn.Conv2d)]
+        assert found[:5] == rates
+
+
 def test_dpt_needs_dinov2():
     with pytest.raises(InputError, match="resnet18"):
         build_network("resnet18", 4, decoder="dpt")
@@ -381,6 +389,13 @@ def test_a_dinov2_file_without_a_block_is_refused(save):
     with pytest.raises(InputError, match=r"161 keys matched, 14 missing.*blocks\.7\."):
         load_weights(net, "dinov2_vits14", save(state))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_dinov2_file_with_registers_is_refused(save):
+    state = random_state(published_shapes()) | {"register_tokens": torch.randn(1, 4, 384)}
+    net = build_network("dinov2_vits14", 4)
+    with pytest.raises(InputError, match=r"1 unexpected; register_tokens is only in one"):
+        load_weights(net, "dinov2_vits14", save(state))
 
 
 def other_weights(name: str) -> dict[str, Tensor]:

@@ -247,6 +247,11 @@ def test_batch_norm_statistics_agree_over_ranks():
             assert torch.allclose(c, (a + b) / 2)
 
 
+def test_networks_without_batch_norm_have_nothing_to_average():
+    """Guards: DINOv2 with DPT on CPU ranks, which ended after their first step."""
+    common.average_buffers([nn.Linear(2, 2)])
+
+
 # ------------------------------------------------------------------------------------ torchrun
 
 

@@ -131,17 +131,21 @@ def test_presets(argv, expected):
     assert {k: args[k] for k in expected} == expected
     # off in the released config; on where networks start from scratch
     assert mkd.parse_args(argv).threshold == (0.95 if args["dataset"] == "shapes" else 0)
+    vit = [*argv, "--backbone", "dinov2_vits14"]
+    assert mkd.parse_args(vit).lr == speed.parse_args(vit).lr  # MKD's rate on shapes is for CNNs
     changed = speed.parse_args([*argv, "--crop-size", "280", "--lr", "0.5"])
     assert (changed.crop_size, changed.lr) == (280, 0.5)
 
 
-def test_default_data_set_is_pascal_where_it_is(tmp_path):
-    assert speed.parse_args(["--root", str(tmp_path)]).dataset == "shapes"
-    voc = tmp_path / "VOCdevkit/VOC2012"
+def test_default_data_set_is_pascal_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert speed.parse_args([]).dataset == "shapes"
+    voc = tmp_path / "data/VOCdevkit/VOC2012"
     (voc / "JPEGImages").mkdir(parents=True)
     (voc / "ImageSets/Segmentation").mkdir(parents=True)
     (voc / "ImageSets/Segmentation/val.txt").touch()
-    assert speed.parse_args(["--root", str(tmp_path)]).dataset == "pascal"
+    assert speed.parse_args([]).dataset == "pascal"
+    assert speed.parse_args(["--root", str(tmp_path / "data")]).dataset == "pascal"
     assert data.find_dataset("shapes", tmp_path) == "shapes"
 
 

@@ -225,15 +225,16 @@ def test_best_is_the_best_and_last_the_last(root, tmp_path, monkeypatch, capsys)
     assert "mIoU last 40.00 · best 50.00 at step 6" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_test_only_evaluates_as_the_run_did(root, tmp_path, capsys):
+def test_test_only_evaluates_as_the_run_did(root, tmp_path, capsys, monkeypatch):
     """Guards: windows of the preset's size in place of the run's: another mIoU of the same file."""
-    run("speed", procs.flags("speed", root, tmp_path, "--eval-mode slide --iters 4"))
+    run("speed", procs.flags("speed", root, tmp_path, "--eval-mode slide --tta --iters 4"))
     best = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert best["eval"] == {"crop_size": 32, "eval_mode": "slide"}
+    assert best["eval"] == {"crop_size": 32, "eval_mode": "slide", "tta": True}
     argv = f"--dataset folder --root {root} --test-only {tmp_path / 'best.pt'}".split()
     args = procs.SCRIPTS["speed"].parse_args(argv)
-    assert (args.crop_size, args.eval_mode) == (32, "slide")
-    assert procs.SCRIPTS["speed"].parse_args([*argv, "--crop-size", "64"]).crop_size == 64
+    assert (args.crop_size, args.eval_mode, args.tta) == (32, "slide", True)
+    changed = procs.SCRIPTS["speed"].parse_args([*argv, "--crop-size", "64", "--no-tta"])
+    assert (changed.crop_size, changed.tta) == (64, False)
 
 
 def test_a_world_size_alone_starts_no_group(monkeypatch):
@@ -371,6 +372,21 @@ def test_finished_run_prints_its_last_line(script, root, finished, monkeypatch, 
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("more", ["", "--resume none", "--lr 0.5"])
+def test_a_run_without_its_checkpoints_is_refused(more, root, tmp_path):
+    """Guards: best.pt and log of a run, lost as its latest.pt, no longer needed, was removed."""
+    out = tmp_path / "out"
+    run("speed", procs.flags("speed", root, out, "--iters 2 --save-every 1"))
+    for path in out.glob("latest*"):
+        path.unlink()
+    before = contents(out)
+    with pytest.raises(InputError, match="give another --out, or --overwrite"):
+        run("speed", procs.flags("speed", root, out, f"--iters 2 {more}"))
+    assert contents(out) == before
+    run("speed", procs.flags("speed", root, out, f"--iters 2 {more} --overwrite"))
+    assert saved(out)["step"] == 2
+
+
 @pytest.mark.parametrize("left", ["latest.pt", "latest.prev.pt"])
 def test_resume_none_refuses(left, root, tmp_path):
     """Guards: a finished run, or the one checkpoint a kill left, lost to --resume none."""
@@ -398,8 +414,11 @@ def test_overwrite_starts_anew(root, tmp_path):
     run("speed", procs.flags("speed", root, out, "--seed 1 --iters 9"))
     best = torch.load(out / "best.pt", weights_only=True)
     torch.save(best | {"miou": 100.0}, out / "best.pt")
+    (out / "events.out.tfevents.1").touch()
     run("speed", procs.flags("speed", root, out, "--iters 5 --overwrite"))
     procs.assert_same(procs.result(out), procs.result(tmp_path / "straight"))
+    assert max(p.name for p in (out / "preview").iterdir()) == "000005.png"
+    assert not (out / "events.out.tfevents.1").exists()
     prev = torch.load(out / "latest.prev.pt", weights_only=True)
     assert (prev["step"], prev["flags"]["seed"]) == (4, 0)
 

@@ -434,6 +434,8 @@ def test_labeled_only_trains_the_junior(tmp_path, monkeypatch):
     args = segkc.parse_args(argv)
     torch.manual_seed(args.seed)
     net = network(args.backbone)
+    torch.save(net.backbone.state_dict(), tmp_path.with_suffix(".pth"))
+    argv += ["--weights", str(tmp_path.with_suffix(".pth"))]  # the senior, another net, needs none
     begin, batch = copy.deepcopy(net.state_dict()), batches_of(args)[0]
     loss = supervised(look(net, standardized(batch["x"]))["z"], batch["y"])
     loss.backward()

@@ -293,6 +293,21 @@ def test_relation_loss_where_16_does_not_divide_the_crop():
     assert speed.relation_loss(f_t, f_m, valid).item() == pytest.approx(mine, rel=2e-5)
 
 
+@pytest.mark.parametrize("width", [*range(1, 8), *range(9, 24), *range(103, 118), *range(119, 127)])
+def test_positions_of_features_that_16_is_no_multiple_of(width: int):
+    """Crop 126 of DINOv2 with DPT: f has 72 cells a side, S 8 x 8 positions of 15.75 pixels.
+
+    Widths at which a position is image by half, to a pixel, are left out.
+    """
+    valid = torch.zeros(1, 126, 126, dtype=torch.bool)
+    valid[..., :width] = True
+    columns = sum(min(max(width / 15.75 - k, 0), 1) > 0.5 for k in range(8))
+    f_t, f_m = draw(1, 6, 72, 72), draw(1, 6, 72, 72, seed=1).requires_grad_()
+    speed.relation_loss(f_t, f_m, valid).backward()
+    used = f_m.grad.abs().sum((0, 1, 2)) > 0
+    assert used.tolist() == [k < 9 * columns for k in range(72)] or columns == 0
+
+
 def test_padded_cells_are_no_row_and_no_column():
     """What stands in a padded cell changes nothing and gets no gradient."""
     valid = torch.ones(1, 64, 64, dtype=torch.bool)

@@ -84,7 +84,7 @@ def test_camvid(tmp_path):
     assert p.returncode == 0, p.stderr
     made = data.load_source("folder", tmp_path / "out")
     assert (len(made.train), len(made.val), len(made.classes)) == (2, 2, 11)
-    assert data.check(made) == []
+    assert data.check(made)[0] == []
     raw = np.asarray(Image.open(source / "valannot/val1.png"))
     mask = np.asarray(Image.open(made.val[1].mask))
     assert (raw == 11).any()
@@ -92,7 +92,7 @@ def test_camvid(tmp_path):
     assert call(HERE / "camvid.py", tmp_path, tmp_path / "out").returncode == 1
     assert call(HERE / "camvid.py", source, tmp_path / "half", 2).returncode == 0
     half = data.load_source("folder", tmp_path / "half")
-    assert data.check(half) == []
+    assert data.check(half)[0] == []
     image = np.asarray(data.read_image(half.val[1]))
     full = np.asarray(data.read_image(made.val[1]), float)
     small = full.reshape(20, 2, 24, 2, 3).mean((1, 3))
