@@ -960,6 +960,7 @@ def make_parser() -> argparse.ArgumentParser:
     a("--preview", type=Path, metavar="FILE.png", help="write a picture of the views, and stop")
     a("--write-split", type=Path, metavar="DIR", help="write the lists of --split, and stop")
     a("--seed", type=COUNT, default=0, help="of the preview")
+    a("--crop-size", type=STEPS, help="of the preview, pixels; unset: the data set's preset")
     return p
 
 
@@ -973,7 +974,8 @@ def main() -> None:
     source = load_source(name, args.root)
     if args.preview:
         preset = PRESETS[name]
-        preview(source, preset["crop_size"], preset["scale"], args.seed, args.preview)
+        crop = args.crop_size or preset["crop_size"]
+        preview(source, crop, preset["scale"], args.seed, args.preview)
         print(f"{args.preview}: u | u1 | u2 | CutMix of u1 | x | y; one image a row")
     elif args.write_split:
         split = make_split(source, args.split, args.split_seed, args.protocol)

@@ -1351,6 +1351,9 @@ def test_preview_of_one_image_into_a_new_folder(tmp_path, monkeypatch):
     command(monkeypatch, "--dataset", "folder", "--root", root, "--preview", picture)
     crop = data.PRESETS["folder"]["crop_size"]
     assert Image.open(picture).size == (6 * crop, 2 * crop)
+    argv = ("--dataset", "folder", "--root", root, "--preview", picture, "--crop-size", 40)
+    command(monkeypatch, *argv)
+    assert Image.open(picture).size == (6 * 40, 2 * 40)
 
 
 def test_download_needs_scipy(tmp_path, monkeypatch):
