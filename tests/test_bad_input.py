@@ -242,6 +242,7 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
         "--crop-size 64 --backbone dinov2_vits14",
         "multiple of 14, e.g. 70",
     ),
+    "OHEM of over half": (NOTHING, "--sup-loss ohem --ohem-least 1025", "over half of a batch"),
     "OHEM of every pixel": (
         NOTHING,
         "--sup-loss ohem",

@@ -162,6 +162,7 @@ def test_a_networks_score_does_not_depend_on_its_partner(source, net, monkeypatc
     assert list(both) == ["junior", "senior"]
     assert seen
     assert all(h % 14 == w % 14 == 0 for h, w in seen)
+    assert not all(h % 112 == w % 112 == 0 for h, w in seen)  # of both grids
     for name, one in (("junior", net), ("senior", other)):
         alone = common.evaluate({name: one}, source, options(), CPU)[name]
         assert torch.equal(both[name], alone)
