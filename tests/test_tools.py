@@ -1,6 +1,7 @@
 """The tools beside the tests: what turns runs into a table, and CamVid into our layout."""
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -10,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from datasets import blobs, noise, save
+from datasets import blobs, make_folder, noise, save
 from PIL import Image
 
 import data
@@ -71,6 +72,42 @@ def test_table(tmp_path):
     assert (0x44, 0x44, 0x44) in colors
     assert (0xD6, 0x27, 0x28) in colors
     assert call(HERE / "table.py", tmp_path / "no run").returncode == 1
+
+
+@pytest.mark.parametrize("script", ["speed", "mkd", "segkc"])
+def test_unlabeled(script, tmp_path):
+    """Guards: another network than the run's last, labelled images counted, sets swapped."""
+    root = make_folder(tmp_path / "root", labeled=6, unlabeled=2, val=3)
+    flags = f"--dataset folder --root {root} --backbone resnet18 --weights none --crop-size 32"
+    flags += " --batch-size 2 --iters 3 --eval-every 3 --lr 0.02 --ramp 0 --workers 0 --amp off"
+    flags += " --split 2" + " --senior mobilenet_v2 --junior resnet18" * (script == "segkc")
+    p = call(HERE.parent / f"{script}.py", *flags.split(), "--out", tmp_path / "a-s0")
+    assert p.returncode == 0, p.stderr
+    saved = tmp_path / "saved.jsonl"
+    p = call(HERE / "unlabeled.py", "2", tmp_path / "a-s0", "--save", saved)
+    assert p.returncode == 0, p.stderr
+    found, log = json.loads(saved.read_text()), (tmp_path / "a-s0/log.jsonl").read_text()
+    assert found["val_miou"] == pytest.approx(json.loads(log.splitlines()[-1])["miou"], abs=1e-4)
+    assert (found["unlabeled_images"], found["val_images"]) == (4, 3)
+
+    # the same network, by --test-only, where the val images are those that were unlabelled
+    split = data.make_split(data.load_source("folder", root), "2", 0, "classic")
+    for old in root.glob("val/*/*"):
+        old.unlink()
+    for item in split.unlabeled:
+        if item.mask:
+            shutil.copy(item.image, root / "val/images")
+            shutil.copy(item.mask, root / "val/masks")
+    flags = f"--dataset folder --root {root} --test-only {tmp_path / 'a-s0/best.pt'} --workers 0"
+    p = call(HERE.parent / f"{script}.py", *flags.split(), "--amp", "off")
+    assert f"mIoU {found['unlabeled_miou']:.2f} on 4 images" in p.stdout
+    assert found["unlabeled_accuracy"] != found["val_accuracy"]
+
+    table = call(HERE / "unlabeled.py", "2", saved).stdout.splitlines()
+    values = [f"{found[k]:.1f}" for k in ("unlabeled_miou", "unlabeled_accuracy")]
+    values += [f"{found[k]:.1f}" for k in ("val_miou", "val_accuracy")]
+    assert table[-1] == f"| `a` | 1 | {' | '.join(values)} |"
+    assert call(HERE / "unlabeled.py", "3", saved).returncode == 2
 
 
 def test_camvid(tmp_path):
