@@ -127,7 +127,7 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, sharp: float = 0.1)
 
     f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Mostly padded cells are no row and no column of S.
     """
-    pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # 4, on patches 1
+    pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # cells: 4; ViT 1, DPT 9
     share = F.interpolate(valid_m[:, None].float(), f_m.shape[-2:], mode="area")
     maps = (f_t.float(), f_m.float(), share)
     f_t, f_m, cells = (F.avg_pool2d(t, pool, ceil_mode=True) for t in maps)

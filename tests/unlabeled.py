@@ -27,14 +27,14 @@ import common
 import data
 from networks import Segmenter, build_network, load_checkpoint
 
-STATE = {"speed": ("net", ""), "mkd": ("student1", ""), "segkc": ("pair", "junior.")}
+STATE = {"net": "", "student1": "", "pair": "junior."}  # where latest.pt has it: SPEED, MKD, SegKC
 COLUMNS = ("unlabeled_miou", "unlabeled_accuracy", "val_miou", "val_accuracy")
 
 
-def last_network(run: Path, method: str) -> Segmenter:
+def last_network(run: Path) -> Segmenter:
     """The network for inference as latest.pt has it; best.pt tells how it is built."""
-    name, prefix = STATE[method]
-    state = load_checkpoint(run / "latest.pt")[name]
+    saved = load_checkpoint(run / "latest.pt")
+    state, prefix = next((saved[name], prefix) for name, prefix in STATE.items() if name in saved)
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     net = build_network(**load_checkpoint(run / "best.pt")["config"])
     net.load_state_dict(state)
@@ -47,7 +47,7 @@ def measure(run: Path, split: str) -> dict:
     args, record = argparse.Namespace(**flags | {"workers": 0}), {"run": run.name, "split": split}
     source = data.load_source(args.dataset, Path(args.root))
     unlabeled = data.make_split(source, split, args.split_seed, args.protocol).unlabeled
-    net = last_network(run, args.method)
+    net = last_network(run)
     for name, items in (("unlabeled", [i for i in unlabeled if i.mask]), ("val", source.val)):
         images = dataclasses.replace(source, val=items)
         matrix = common.evaluate({"net": net}, images, args, torch.device("cpu"))["net"]
