@@ -115,8 +115,8 @@ def parse(
     if dataset in data.PRESETS:  # else the second go says so
         vit = any(b.startswith("dinov2") for b in (known.backbone, known.senior, known.junior))
         preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
-        slow = {"lr": preset["lr"]} if vit else {}  # a script's own rate is for CNNs
-        preset |= method.get("all", {}) | method.get(dataset, {}) | slow
+        rate = {"lr": preset["lr"]} if vit else {}  # a script's own is for CNNs
+        preset |= method.get("all", {}) | method.get(dataset, {}) | rate
         if isinstance(saved.get("eval"), dict):  # as best.pt was evaluated
             # as text, so that argparse checks it like a flag
             preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode")}
@@ -633,7 +633,10 @@ class Run:
             return False
 
     def _open_log(self, size: int, step: int, old: list[Path], rest: list[Path]) -> None:
-        """Makes the folder, without `old`, opens log.jsonl at byte `size`, then removes `rest`."""
+        """Makes the folder, without `old`, opens log.jsonl at byte `size`, then removes `rest`.
+
+        TensorBoard forgets what is after `step`.
+        """
         out = self.args.out
         try:
             (out / "preview").mkdir(parents=True, exist_ok=True)

@@ -874,7 +874,9 @@ def download(root: Path) -> None:
         VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
         SBDataset(str(sbd), image_set="train", **more)
     except (OSError, RuntimeError) as e:
-        raise InputError(f"{root}: cannot be fetched ({e}); see where, or try again") from None
+        raise InputError(
+            f"{root}: cannot be fetched ({e}); see to network and disk, try again"
+        ) from None
     voc = _pascal_root(root)
     lists, aug = voc / "ImageSets/Segmentation", voc / "SegmentationClassAug"
     aug.mkdir(exist_ok=True)
