@@ -6,6 +6,7 @@ Dimension key: B images, C classes, H and W pixels, h and w cells of a feature m
 import argparse
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -45,13 +46,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     a = p.add_argument_group("data").add_argument
     data.add_flags(a)
     a("--crop-size", type=STEPS, help="side of the square training crop, pixels")
-    a(
-        "--scale",
-        type=POSITIVE,
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="random scale of training images",
-    )
+    a("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="random scale in training")
     a("--batch-size", type=STEPS, help="labelled images a step, all ranks; as many unlabelled")
     a("--workers", type=COUNT, help="loader processes a rank; unset: 4, for shapes 0")
     a = p.add_argument_group("network").add_argument
@@ -81,12 +76,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     a("--log-every", type=STEPS, default=20, help="steps that a train line averages over")
     a("--tta", action=flag, default=False, help="evaluate with flips and scales 0.75, 1, 1.25")
     a("--out", type=Path, help="unset: runs/<script>-<dataset>-<split>-s<seed>")
-    a(
-        "--resume",
-        choices=("auto", "none"),
-        default="auto",
-        help="auto: go on from --out's latest.pt",
-    )
+    a("--resume", choices=("auto", "none"), default="auto", help="auto: go on from latest.pt")
     a("--overwrite", action=flag, default=False, help="start anew over what --out holds")
     a("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
     a("--save-predictions", type=Path, metavar="DIR", help="PNGs, with --test-only")
@@ -101,7 +91,7 @@ def parse(
     `method` overrides presets by data set name or "all", e.g. `all=dict(threshold=0.0)`.
     """
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--root", type=Path, default=Path("data"))
+    first.add_argument("--root", type=Path, default=data.ROOT)
     first.add_argument("--test-only", type=Path)
     for name in ("--dataset", "--backbone", "--senior", "--junior"):
         first.add_argument(name, default="")
@@ -152,7 +142,8 @@ def start_process(args: argparse.Namespace) -> torch.device:
         store = dist.PrefixStore(f"attempt {attempt}", store)
         dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     if args.workers is None:
-        args.workers = 0 if args.dataset == "shapes" else min(4, len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        args.workers = 0 if args.dataset == "shapes" else min(4, cores)
     if args.amp is None:
         args.amp = "bf16" if cuda and torch.cuda.is_bf16_supported(False) else "off"
     torch.manual_seed(args.seed)
@@ -292,20 +283,7 @@ def iou_of(confusion: Tensor) -> tuple[float, list[float | None]]:
     return sum(present) / max(len(present), 1), iou
 
 
-@contextlib.contextmanager
-def inference(*nets: nn.Module) -> Iterator[None]:
-    """No gradient, eval mode; no tuning by cuDNN either, which would cost more as sizes vary."""
-    cudnn, modes = torch.backends.cudnn, [net.training for net in nets]
-    tuning, cudnn.benchmark = cudnn.benchmark, False
-    for net in nets:
-        net.eval()
-    with torch.no_grad():
-        yield
-    for net, mode in zip(nets, modes, strict=True):
-        net.train(mode)
-    cudnn.benchmark = tuning
-
-
+@torch.no_grad()
 def evaluate(
     nets: dict[str, Segmenter],
     split: data.Source | data.Split,
@@ -322,17 +300,21 @@ def evaluate(
     (rank, world), classes = rank_world(), len(split.classes)
     first = next(iter(nets.values()))
     total = {n: torch.zeros(classes, classes, dtype=torch.int64, device=device) for n in nets}
+    tuning, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # sizes vary
+    modes = {net: net.training for net in nets.values()}
     for grid in dict.fromkeys(net.backbone.grid for net in nets.values()):
-        alike = {name: net for name, net in nets.items() if net.backbone.grid == grid}
+        alike = {name: net.eval() for name, net in nets.items() if net.backbone.grid == grid}
         batches = data.ValBatches(split.val, classes, grid)
-        with inference(*alike.values()):
-            for batch in data.val_batches(batches, rank, world, args.workers, device):
-                for name, net in alike.items():
-                    with autocast(args.amp, device):
-                        prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
-                    total[name] += confusion_matrix(prediction, batch["label"], classes)
-                    if write and net is first:
-                        write(batch, prediction)
+        for batch in data.val_batches(batches, rank, world, args.workers, device):
+            for name, net in alike.items():
+                with autocast(args.amp, device):
+                    prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
+                total[name] += confusion_matrix(prediction, batch["label"], classes)
+                if write and net is first:
+                    write(batch, prediction)
+    for net, mode in modes.items():
+        net.train(mode)
+    torch.backends.cudnn.benchmark = tuning
     return {name: rank_sum(t) for name, t in total.items()}
 
 
@@ -340,7 +322,7 @@ def picture(image: Tensor, *labels: Tensor) -> np.ndarray:
     """A normalised image [3, H, W] and class maps [H, W], side by side as [H, n W, 3] uint8."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
     rgb = ((image.cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0)
-    colors = [data.colorize(m.byte().cpu().numpy()) for m in labels]
+    colors = [data.palette()[m.cpu().numpy()] for m in labels]
     return np.concatenate([rgb.numpy(), *colors], 1)
 
 
@@ -369,10 +351,8 @@ def check_crop(net: Segmenter, crop: int) -> None:
     """InputError unless crops, and windows, are of a size that the network takes."""
     patch = net.backbone.patch
     if crop < 32 or crop % patch:
-        raise InputError(
-            f"--crop-size {crop}: {net.config['backbone']} needs at least 32 pixels and a "
-            f"multiple of {patch}, e.g. {-(-max(crop, 32) // patch) * patch}"
-        )
+        needs = f"{net.config['backbone']} needs at least 32 pixels and a multiple of {patch}"
+        raise InputError(f"--crop-size {crop}: {needs}, e.g. {-(-max(crop, 32) // patch) * patch}")
 
 
 def test(args: argparse.Namespace) -> None:
@@ -386,11 +366,9 @@ def test(args: argparse.Namespace) -> None:
     except (InputError, AttributeError, KeyError, RuntimeError, TypeError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"{args.test_only}: no best.pt of ours ({reason}); give one") from None
-    if classes != list(source.classes):
-        raise InputError(
-            f"{args.test_only}: its {len(classes)} classes are not the {len(source.classes)} of "
-            f"{args.dataset}; evaluate it on its own data set"
-        )
+    if classes != source.classes:
+        counts = f"its {len(classes)} classes are not the {len(source.classes)} of {args.dataset}"
+        raise InputError(f"{args.test_only}: {counts}; evaluate it on its own data set")
     check_crop(net, args.crop_size)
     net = net.place(device)
     write = save_predictions(args.save_predictions) if args.save_predictions else None
@@ -423,10 +401,9 @@ class Run:
         self.rank, self.world = rank_world()
         share = args.batch_size // self.world
         if args.batch_size % self.world or share % 2:
-            raise InputError(
-                f"--batch-size {args.batch_size} on {self.world} ranks: each needs an even share, "
-                f"as CutMix pairs neighbours; give a multiple of {2 * self.world}"
-            )
+            why = f"on {self.world} ranks: each needs an even share, as CutMix pairs neighbours"
+            what = f"--batch-size {args.batch_size} {why}"
+            raise InputError(f"{what}; give a multiple of {2 * self.world}")
         if args.scale[0] > args.scale[1]:
             raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first")
         if args.save_predictions:
@@ -435,33 +412,30 @@ class Run:
         source = data.load_source(args.dataset, args.root)
         self.split = data.make_split(source, args.split, args.split_seed, args.protocol)
         if len(self.split.unlabeled) < 2 and not args.labeled_only:
-            raise InputError(
-                f"--split {args.split}: leaves {len(self.split.unlabeled) or 'no'} unlabelled "
-                "image, and CutMix pairs two; label fewer, or --labeled-only"
-            )
+            left = f"leaves {len(self.split.unlabeled) or 'no'} unlabelled image, CutMix pairs two"
+            raise InputError(f"--split {args.split}: {left}; label fewer, or --labeled-only")
         pixels = args.batch_size * args.crop_size**2
         if args.sup_loss == "ohem" and args.ohem_least > pixels / 2:  # void, padding count not
-            raise InputError(
-                f"--sup-loss ohem keeps --ohem-least {args.ohem_least} pixels, over half of a "
-                f"batch of {args.batch_size} crops of {args.crop_size} ({pixels}), so it is nearly "
-                f"CE; lower it, e.g. to {max(1, pixels // 25)}, about its share on Cityscapes"
-            )
+            batch = f"a batch of {args.batch_size} crops of {args.crop_size} ({pixels})"
+            why = f"--ohem-least {args.ohem_least}: over half of {batch}, so it is nearly CE"
+            raise InputError(f"{why}; lower it, to {max(1, pixels // 25)} for Cityscapes' share")
         self.device = start_process(args)
+        self.autocast = functools.partial(autocast, args.amp, self.device)  # of forward passes
         epoch = max(1, len(self.split.unlabeled or self.split.labeled) // args.batch_size)
         args.iters = args.iters or args.epochs * epoch
         args.eval_every, args.save_every = args.eval_every or epoch, args.save_every or epoch
         folder = os.path.isdir(args.split)
         name = Path(args.split).resolve().name if folder else args.split.replace("/", "-")
         method = args.method + "-labeled" * args.labeled_only
-        where = args.dataset
-        where += f"-{args.root.resolve().name}" * (where == "folder")  # one of several such
+        where = "folder-" + args.root.resolve().name if args.dataset == "folder" else args.dataset
         args.out = args.out or Path(f"runs/{method}-{where}-{name}-s{args.seed}")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.state = {"scaler": self.scaler}  # what a checkpoint holds; `resume` adds to it
         self.rows, self.names = [], []  # train terms that no log line holds yet, on the device
         self.best, self.best_step, self.last = -1.0, 0, -1.0
-        self.bar = self.board = self.vote = None
+        self.board = self.vote = None
         self.signal = 0
+        self.kept = f"the last good checkpoint in {args.out} stays; try a lower --lr or"
         self.say(self.split.line)
 
     def say(self, line: str) -> None:
@@ -469,10 +443,6 @@ class Run:
         if self.rank == 0:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-
-    def autocast(self) -> torch.autocast:
-        """The context of forward passes, see `autocast`."""
-        return autocast(self.args.amp, self.device)
 
     def put(self, t: Tensor) -> Tensor:
         """A tensor of the host on the device, without waiting for it."""
@@ -503,7 +473,6 @@ class Run:
 
     def optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
         """SGD with momentum 0.9 or AdamW over the script's parameter groups."""
-        groups = [g | {"initial_lr": g["lr"]} for g in groups]
         # on CPU a fused step would not skip what the scaler skips; None, not False: torch's choice
         more = dict(weight_decay=self.args.weight_decay, fused=self.args.amp != "fp16" or None)
         if self.args.optimizer == "adamw":
@@ -528,13 +497,12 @@ class Run:
         poly = (1 - step / self.args.iters) ** 0.9
         self.lr = self.args.lr * poly
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * poly
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * poly
 
     def ramp(self, step: int) -> float:
         """Weight of the unlabelled terms at `step`: linear from 0 to 1 over --ramp of the run."""
-        return (
-            min(1.0, step / max(1.0, self.args.ramp * self.args.iters)) if self.args.ramp else 1.0
-        )
+        steps = self.args.ramp * self.args.iters
+        return min(1.0, step / max(1.0, steps)) if steps else 1.0
 
     def batches(self, start: int) -> Iterator[dict]:
         """This rank's share of the training batches from step `start` on, see data.TrainBatches."""
@@ -553,26 +521,22 @@ class Run:
         found = [out / n for n in ("latest.pt", "latest.prev.pt") if (out / n).exists()]
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # else torchrun's restart
         goes_on = bool(found) and not (args.overwrite and first)
-        lost = not found and (out / "best.pt").exists() and first and not args.overwrite
-        if lost and (args.resume == "none" or not self._stopped_early()):
-            why = "holds a run's best.pt, but no latest.pt to go on from"
-            raise InputError(f"{out}: {why}; give another --out, or --overwrite")
+        held = (found or (out / "best.pt").exists()) and first and not args.overwrite
+        if held and (args.resume == "none" or not (found or self._stopped_early())):
+            what = "a run" if found else "a run's best.pt, but no latest.pt to go on from"
+            raise InputError(f"{out}: holds {what}; give another --out, or --overwrite")
         if goes_on:
-            if args.resume == "none" and first:
-                raise InputError(f"{out}: holds a run; give another --out, or --overwrite")
             saved, old = self._load(found)
             try:
                 for name, value in self.state.items():
                     value.load_state_dict(saved[name])
                 self.names, self.rows = saved["names"], [r.to(self.device) for r in saved["rows"]]
-                self.best, self.best_step, self.last = map(float, saved["best"])
-                self.best_step = int(self.best_step)
+                self.best, self.best_step, self.last = saved["best"]
                 step, log_bytes = int(saved["step"]), int(saved["log_bytes"])
             except Exception as e:  # noqa: BLE001 - any, on values that only look like a checkpoint
                 reason = str(e).splitlines()[0][:120]
-                raise InputError(
-                    f"{found[0]}: not of this script ({reason}); give another --out or --overwrite"
-                ) from None
+                why = f"not of this script ({reason})"
+                raise InputError(f"{found[0]}: {why}; give another --out or --overwrite") from None
         if step == args.iters:
             self.say(f"{out}: finished before, no step is left; --overwrite starts anew")
         if dist.is_initialized():
@@ -585,16 +549,15 @@ class Run:
                 if args.overwrite:
                     rest += [*out.glob("preview/[0-9]*.png"), *out.glob("events.out.tfevents.*")]
             self._open_log(log_bytes, step, old, rest)
-            quiet = not sys.stderr.isatty()
-            self.bar = tqdm(total=args.iters, initial=step, disable=quiet, unit="step")
+        quiet = self.rank > 0 or None  # None: where stderr is no terminal
+        self.bar = tqdm(total=args.iters, initial=step, disable=quiet, unit="step")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: setattr(self, "signal", number))
         self.clock = time.perf_counter()
         return step
 
     def _flags(self) -> dict:
-        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        flags = {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items()}
+        flags = json.loads(json.dumps(vars(self.args), default=str))  # as args.json has them
         return {k: v for k, v in flags.items() if k not in self.FREE} | {"lists": self.split.hash}
 
     def _load(self, found: list[Path]) -> tuple[dict, list[Path]]:
@@ -615,10 +578,8 @@ class Run:
             raise InputError(f"{path}: no latest.pt of ours; give another --out, or --overwrite")
         differ = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
         if differ:
-            raise InputError(
-                f"{self.args.out}: holds a run with other flags ({'; '.join(differ)}); "
-                "give the same, another --out, or --overwrite"
-            )
+            what = f"holds a run with other flags ({'; '.join(differ)})"
+            raise InputError(f"{path.parent}: {what}; give the same, another --out, or --overwrite")
         self.say(f"going on from {path}, step {saved.get('step')}")
         return saved, broken
 
@@ -627,8 +588,8 @@ class Run:
         try:
             was = json.loads((self.args.out / "args.json").read_text())
             log = (self.args.out / "log.jsonl").read_text().splitlines()
-            done = max((json.loads(line)["step"] for line in log), default=0)
-            return done <= was["save_every"] and done < was["iters"]
+            done = json.loads(log[-1])["step"] if log else 0
+            return done <= min(was["save_every"], was["iters"] - 1)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -640,12 +601,12 @@ class Run:
         out = self.args.out
         try:
             (out / "preview").mkdir(parents=True, exist_ok=True)
-            self.file = open(out / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
+            self.file = open(out / "log.jsonl", "ab")  # noqa: SIM115
             self._lock()
             for path in old:  # before the log, so that none goes on from a checkpoint without it
                 path.unlink(missing_ok=True)
-            flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-            (out / "args.json").write_text(json.dumps(flags, indent=1) + "\n")
+            flags = json.dumps(vars(self.args), default=str, indent=1)
+            (out / "args.json").write_text(flags + "\n")
             self.file.truncate(min(size, self.file.tell()))
             for path in rest:
                 path.unlink(missing_ok=True)
@@ -662,9 +623,8 @@ class Run:
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise InputError(
-                f"{self.args.out}: another process is writing this run; wait, or give another --out"
-            ) from None
+            what = "another process is writing this run; wait, or give another --out"
+            raise InputError(f"{self.args.out}: {what}") from None
         except OSError:  # a file system without locks
             pass
 
@@ -682,8 +642,7 @@ class Run:
             average_buffers(nets.values())
         done, args = step + 1, self.args
         last, stop = done == args.iters, self._stop()
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
         if done % args.log_every == 0 or last:
             self._train_line(done)
         if done % args.eval_every == 0 or last:
@@ -700,10 +659,7 @@ class Run:
         """Averages the pending terms over ranks; a term or weight not finite ends the run."""
         for t in (t for net in nets for t in net.state_dict().values() if t.is_floating_point()):
             if not t.isfinite().all():
-                raise RunError(
-                    f"step {done}: a weight is not finite; the last good checkpoint in "
-                    f"{self.args.out} stays; try a lower --lr or --amp off"
-                )
+                raise RunError(f"step {done}: a weight is not finite; {self.kept} --amp off")
         if not self.rows:
             return
         rows = rank_mean(torch.stack(self.rows))
@@ -711,18 +667,14 @@ class Run:
         bad = (~rows.isfinite()).nonzero().tolist()
         if bad:  # the first column is the total: name the term that spoils it, if there is one
             row, term = next((b for b in bad if b[0] == bad[0][0] and b[1] > 0), bad[0])
-            raise RunError(
-                f"step {done - len(rows) + row + 1}: {self.names[term]} is {rows[row, term]:.0f}; "
-                f"the last good checkpoint in {self.args.out} stays; try a lower --lr or --amp off"
-            )
+            what = f"{self.names[term]} is {rows[row, term]:.0f}"
+            raise RunError(f"step {done - len(rows) + row + 1}: {what}; {self.kept} --amp off")
 
     def _train_line(self, done: int) -> None:
         self._check(done)
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
-            raise RunError(
-                f"step {done}: gradients are not finite, --amp fp16 has left out their steps; the "
-                f"last good checkpoint in {self.args.out} stays; try --amp bf16 or off"
-            )
+            what = "gradients are not finite, --amp fp16 has left out their steps"
+            raise RunError(f"step {done}: {what}; {self.kept} --amp bf16 or off")
         means = torch.stack(self.rows).mean(0).tolist()
         self.rows = []
         now, images = time.perf_counter(), self.args.batch_size * (2 - self.args.labeled_only)
@@ -739,6 +691,7 @@ class Run:
             return
         try:
             self.file.write((json.dumps({"kind": kind} | line) + "\n").encode())
+            self.file.flush()
         except OSError as e:
             raise RunError(f"{self.file.name}: cannot be written ({e.strerror})") from None
         scalars = {k: v for k, v in line.items() if isinstance(v, float)}
@@ -753,8 +706,14 @@ class Run:
     def _eval_line(self, done: int, nets: dict[str, Segmenter]) -> None:
         begin, line = time.perf_counter(), {"step": done}
         self._check(done, nets.values())
-        first, classes = next(iter(nets.values())), list(self.split.classes)
-        matrices = evaluate(nets, self.split, self.args, self.device)
+        first, classes, rows = next(iter(nets.values())), list(self.split.classes), []
+
+        def keep(batch: dict, prediction: Tensor) -> None:
+            for k, (h, w) in enumerate(batch["size"][: 4 - len(rows)]):
+                maps = (batch["image"][k], batch["label"][k], prediction[k])
+                rows.append(picture(*(m[..., :h, :w] for m in maps)))
+
+        matrices = evaluate(nets, self.split, self.args, self.device, keep)
         results = {name: iou_of(m) for name, m in matrices.items()}
         self.last, iou = next(iter(results.values()))
         line["miou"] = round(self.last, 4)
@@ -769,22 +728,13 @@ class Run:
                 save_file(best | {"step": done, "miou": self.last}, self.args.out / "best.pt")
         self._write("eval", line)
         if self.rank == 0:
-            self._preview(first, done)
+            self._preview(rows, self.args.out / f"preview/{done:06d}.png")
         self.clock += time.perf_counter() - begin  # images/s is of training
 
-    def _preview(self, net: Segmenter, done: int) -> None:
-        """preview/<step>.png: image, ground truth, prediction of the first four val images."""
-        rows = []
-        for item in self.split.val[:4]:
-            one = data.ValBatches([item], len(self.split.classes), net.backbone.grid)
-            batch = next(data.val_batches(one, 0, 1, 0, self.device))
-            with inference(net), self.autocast():
-                prediction = predict(net, batch["image"], self.args).argmax(1)
-            (h, w), maps = batch["size"][0], (batch["image"], batch["label"], prediction)
-            rows.append(picture(*(m[0, ..., :h, :w] for m in maps)))
+    def _preview(self, rows: list[np.ndarray], path: Path) -> None:
+        """A picture of images of the first val batches, one a row: image, truth, prediction."""
         width = max(row.shape[1] for row in rows)
         rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
-        path = self.args.out / f"preview/{done:06d}.png"
         try:
             Image.fromarray(np.concatenate(rows)).save(path)
         except OSError as e:
@@ -817,9 +767,9 @@ class Run:
         return int(before[0])
 
     def _close(self) -> None:
-        for part in (self.bar, self.board):
-            if part is not None:
-                part.close()
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
         end_process()
 
     def finish(self) -> None:
@@ -836,7 +786,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on CUDA, the most that the process took on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1024 if sys.platform == "linux" else 1  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def save_file(state: dict, path: Path, keep: Path | None = None) -> None:

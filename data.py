@@ -61,8 +61,7 @@ _VOC = _CNN | dict(crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult
 _CITY = dict(crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1.0, threshold=0.0)
 _CITY |= dict(sup_loss="ohem", eval_mode="slide")
 _SHAPES = dict(backbone="resnet18", weights="none", optimizer="adamw", lr=1e-3, head_lr_mult=1.0)
-_SHAPES |= dict(crop_size=64, batch_size=8, epochs=7, scale=(0.8, 1.25), ramp=0.5)
-_SHAPES |= dict(eval_every=120)
+_SHAPES |= dict(crop_size=64, batch_size=8, epochs=7, scale=(0.8, 1.25), ramp=0.5, eval_every=120)
 PRESETS = dict(pascal=_VOC, folder=_VOC, cityscapes=_CNN | _CITY, shapes=_CNN | _SHAPES)
 _VIT = dict(optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, threshold=0.95)
 _VIT_VOC = _VIT | dict(crop_size=518, batch_size=16, epochs=60)
@@ -108,47 +107,38 @@ class Source:
 
 
 def _list(path: Path) -> list[str]:
-    return [line.strip() for line in _text(path).splitlines() if line.strip()]
-
-
-def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: not a readable text file ({e}); give a plain list") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _pascal_root(root: Path) -> Path | None:
-    for place in (root / "VOCdevkit/VOC2012", root / "VOC2012", root):
-        val = place / "ImageSets/Segmentation/val.txt"
-        if os.path.isdir(place / "JPEGImages") and os.path.isfile(val):
-            return place
-    return None
+    places = (root / "VOCdevkit/VOC2012", root / "VOC2012", root)
+    return next((p for p in places if os.path.isfile(p / "ImageSets/Segmentation/val.txt")), None)
 
 
 def _pascal(root: Path) -> Source:
     voc = _pascal_root(root)
     if voc is None:
-        raise InputError(
-            f"{root}: no PASCAL VOC 2012 here; looked for VOCdevkit/VOC2012/JPEGImages and "
-            f"ImageSets/Segmentation/val.txt; fetch it with: "
-            f"python data.py --dataset pascal --root {root} --download"
-        )
+        what = "no PASCAL VOC 2012 here: no VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
+        command = f"python data.py --dataset pascal --root {root} --download"
+        raise InputError(f"{root}: {what}; fetch it with: {command}")
     lists = voc / "ImageSets/Segmentation"
     fine, val = set(_list(lists / "train.txt")), _list(lists / "val.txt")
+    own = fine.union(val)  # ids with masks of VOC's own
     if (lists / "trainaug.txt").is_file():
-        train = _list(lists / "trainaug.txt")
+        train = set(_list(lists / "trainaug.txt"))
     else:  # without that list: every mask there is, VOC's val taken out
-        train = [p.stem for p in (voc / "SegmentationClassAug").glob("*.png")]
-        train = {*train, *fine} - set(val)
-    train = sorted(set(train))
+        train = own.union(p.stem for p in voc.glob("SegmentationClassAug/*.png")) - set(val)
 
     def item(id: str) -> Item:
-        own, sbd = (voc / d / f"{id}.png" for d in ("SegmentationClass", "SegmentationClassAug"))
-        return Item(id, voc / f"JPEGImages/{id}.jpg", own if id in fine or id in vals else sbd)
+        mask = f"SegmentationClass{'' if id in own else 'Aug'}/{id}.png"
+        return Item(id, voc / f"JPEGImages/{id}.jpg", voc / mask)
 
-    vals = set(val)
-    return Source("pascal", VOC_CLASSES, voc, [*map(item, train)], [*map(item, val)], fine)
+    train, val = ([*map(item, ids)] for ids in (sorted(train), val))
+    return Source("pascal", VOC_CLASSES, voc, train, val, fine)
 
 
 def _cityscapes(root: Path) -> Source:
@@ -156,10 +146,9 @@ def _cityscapes(root: Path) -> Source:
         found = []
         for image in sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
             stem = image.name.removesuffix("_leftImg8bit.png")
-            place = root / "gtFine" / part / image.parent.name
-            mask = place / f"{stem}_gtFine_labelTrainIds.png"
+            mask = root / f"gtFine/{part}/{image.parent.name}/{stem}_gtFine_labelTrainIds.png"
             if not mask.is_file():  # users may have the raw ids only: mapped when read
-                mask = place / f"{stem}_gtFine_labelIds.png"
+                mask = mask.with_name(f"{stem}_gtFine_labelIds.png")
             found.append(Item(stem, image, mask))
         return found
 
@@ -176,10 +165,8 @@ def _cityscapes(root: Path) -> Source:
 def _folder(root: Path) -> Source:
     classes = root / "classes.txt"
     if not os.path.isfile(classes):
-        raise InputError(
-            f"{classes}: not found; a folder data set has train/images, train/masks, val/images, "
-            "val/masks and classes.txt with a class name a line"
-        )
+        what = "{train,val}/{images,masks} and classes.txt with a class name a line"
+        raise InputError(f"{classes}: not found; a folder data set has {what}")
 
     def items(part: str) -> list[Item]:
         files = (root / part / "images").glob("*")
@@ -187,26 +174,19 @@ def _folder(root: Path) -> Source:
         files.sort(key=lambda f: (f.stem, f.suffix))
         masks = (root / part / "masks").glob("*")
         masks = {m.stem: m for m in masks if m.suffix.lower() == ".png"}
+        if part == "val":  # each needs one: `make_split` says which is not there
+            masks = {f.stem: root / f"val/masks/{f.stem}.png" for f in files} | masks
         return [Item(f.stem, f, masks.get(f.stem)) for f in files]
 
     source = Source("folder", _list(classes), root, items("train"), items("val"))
     if not 1 <= len(source.classes) <= IGNORE:
         raise InputError(f"{classes}: {len(source.classes)} classes; name 1 to 255, one a line")
     for part, found in (("train", source.train), ("val", source.val)):
-        for one, two in itertools.pairwise(found):
-            if one.id == two.id:
-                raise InputError(
-                    f"{one.image} and {two.image.name}: one stem; rename or remove one"
-                )
+        for a, b in itertools.pairwise(found):
+            if a.id == b.id:
+                raise InputError(f"{a.image} and {b.image.name}: one stem; rename or remove one")
         if not found:
-            raise InputError(
-                f"{root / part / 'images'}: holds no image; put the {part} images there"
-            )
-    for item in source.val:
-        if item.mask is None:
-            raise InputError(
-                f"{item.image}: a val image without a mask; add {root}/val/masks/{item.id}.png"
-            )
+            raise InputError(f"{root / part}/images: holds no image; put the {part} images there")
     return source
 
 
@@ -226,7 +206,7 @@ def find_dataset(name: str | None, root: Path) -> str:
     """
     if name or _pascal_root(root):
         return name or "pascal"
-    if root != ROOT:
+    if root is not ROOT:  # the default itself, not a --root data that was given
         kind = "folder" if os.path.isfile(root / "classes.txt") else "folder, cityscapes or shapes"
         raise InputError(f"--root {root}: no PASCAL VOC 2012 here; give --dataset {kind} too")
     return "shapes"
@@ -278,10 +258,8 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
 
     plan = ["clutter"] * r.integers(1, 4) + ["object"] * r.integers(3, 5)
     plan += ["plain form"] * r.integers(0, 3) + ["formless"] * r.integers(0, 2)
-    for what in (
-        *r.permutation(plan),
-        *["clutter"] * r.integers(0, 2),
-    ):  # the later cover the earlier
+    plan = [*r.permutation(plan), *["clutter"] * r.integers(0, 2)]
+    for what in plan:  # the later cover the earlier
         angle, size = r.uniform(0, 2 * np.pi), r.uniform(17, 30)
         dx, dy = xx - r.uniform(0, n), yy - r.uniform(0, n)
         u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
@@ -301,15 +279,15 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(image, 0, 255).astype(np.uint8), label
 
 
-def _open(path: Path, what: str) -> Image.Image:
+def _open(path: Path, what: str, decode: bool = True) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:
             deep = image.mode[0] in "IF"  # 16 or 32 bits a channel, which convert("RGB") would clip
             scaled = {t[3] for t in image.tile} & {"L;2", "L;4"}  # to 0-255, so no class ids
             if deep or what == "mask" and scaled:
-                bits = "more" if deep else "fewer"
-                raise ValueError(f"{bits} than 8 bits a channel")
-            image.load()
+                raise ValueError(f"{'more' if deep else 'fewer'} than 8 bits a channel")
+            if decode:  # else the header alone
+                image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"{path}: no readable {what} ({e}); replace or remove it") from None
@@ -331,24 +309,18 @@ def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Imag
         return Image.fromarray(draw_shapes(item.image)[1])
     mask = _open(item.mask, "mask")
     if mask.mode not in ("L", "P"):
-        raise InputError(
-            f"{item.mask}: mode {mask.mode}, not one 8-bit channel of class ids; map each colour "
-            "to its class's id and save that"
-        )
+        why = f"mode {mask.mode}, not one 8-bit channel of class ids"
+        raise InputError(f"{item.mask}: {why}; map each colour to its class's id and save that")
     mask = Image.frombytes("L", mask.size, mask.tobytes())  # palette indices, not colours
     if item.mask.name.endswith("_labelIds.png"):
-        train_ids = [IGNORE] * 256
-        for k, raw in enumerate(CITYSCAPES_IDS):
-            train_ids[raw] = k
-        mask = mask.point(train_ids)
+        train_ids = {raw: k for k, raw in enumerate(CITYSCAPES_IDS)}
+        mask = mask.point([train_ids.get(raw, IGNORE) for raw in range(256)])
     if mask.size != size:
         raise InputError(f"{item.mask}: {mask.size} pixels, its image has {size}; make them agree")
     bad = [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]
     if bad:
-        raise InputError(
-            f"{item.mask}: value {bad[0]}, but classes are 0 to {num_classes - 1} and 255 is "
-            "ignored; map it to one of these"
-        )
+        why = f"value {bad[0]}, but classes are 0 to {num_classes - 1} and 255 is ignored"
+        raise InputError(f"{item.mask}: {why}; map it to one of these")
     return mask
 
 
@@ -383,34 +355,21 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
         said = f"{protocol} protocol, {said}" if source.name == "pascal" else said
     if source.fine and all(i.id in source.fine for i in source.train):
         if protocol != "classic":
-            raise InputError(
-                f"--protocol {protocol}: {source.root} has VOC's own {len(source.train)} training "
-                "images alone; add SBD's by python data.py --dataset pascal --download"
-            )
+            why = f"{source.root} has VOC's own {len(source.train)} training images alone"
+            command = "python data.py --dataset pascal --download"
+            raise InputError(f"--protocol {protocol}: {why}; add SBD's by {command}")
         said += " (no SBD: VOC's own images alone)"
 
-    def there(path: Path | int | None) -> bool:
-        built_in = isinstance(path, int) or path == BUILT_IN
-        return built_in or (path is not None and os.path.isfile(path))
-
-    val_images, labeled_images = {i.image for i in source.val}, {i.image for i in labeled}
-    for item in (*labeled, *unlabeled):
-        if item.image in val_images:
-            raise InputError(f"{item.id}: a val image; take it out of the lists of {split}")
-        if not there(item.image):
-            raise InputError(f"{item.id}: no such file: {item.image}; fetch it or unlist the id")
-    for item in labeled:
-        if not there(item.mask):
-            raise InputError(
-                f"{item.id}: labelled, but has no mask ({item.mask}); add or unlist it"
-            )
-    for item in unlabeled:
-        if item.image in labeled_images:
-            raise InputError(f"{item.id}: labelled and unlabelled; unlist it once in {split}")
-    for item in source.val:
-        for file in (item.image, item.mask):
-            if not there(file):
-                raise InputError(f"{item.id}: a val image; no such file: {file}; fetch it")
+    parts, seen = dict(val=source.val, labelled=labeled, unlabelled=unlabeled), {}
+    for part, item in ((part, item) for part, items in parts.items() for item in items):
+        if item.image in seen:
+            raise InputError(f"{item.id}: {seen[item.image]} and {part} image; list it once")
+        seen[item.image] = part
+        files = (item.image,) if part == "unlabelled" else (item.image, item.mask)
+        lost = [f for f in files if source.name != "shapes" and not (f and os.path.isfile(f))]
+        if lost:
+            what = f"{part} image; there is no {lost[0] or 'mask'}"
+            raise InputError(f"{item.id}: {what}; add it or unlist the id")
     own = {(i.image, i.mask) for i in source.train}
 
     def name(i: Item) -> str:  # lists may give an image another mask than the data set's
@@ -435,15 +394,11 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
     most = sum(i.id in source.fine for i in pool) if classic else len(pool)
     if split == "full":
         n = most
-    elif m := re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", split):
-        n = math.ceil(most * int(m[1]) / int(m[2]))
-    elif re.fullmatch(r"\d{1,9}", split):
-        n = int(split)
+    elif m := re.fullmatch(r"(\d{1,9})(?:/([1-9]\d{0,5}))?", split):
+        n = math.ceil(most * int(m[1]) / int(m[2])) if m[2] else int(m[1])
     else:
-        raise InputError(
-            f"--split {split}: neither a fraction (1/8, full), a count (92) nor a directory with "
-            "labeled.txt and unlabeled.txt"
-        )
+        kinds = "a fraction (1/8, full), a count (92) nor a folder of labeled.txt, unlabeled.txt"
+        raise InputError(f"--split {split}: neither {kinds}")
     if not most:
         raise InputError(f"{source.root}: no training image has a mask of its stem; add some")
     if not 0 < n <= most:
@@ -457,7 +412,7 @@ def _read_list(source: Source, path: Path) -> list[Item]:
     """Items of a list: `image mask` paths relative to the root, or bare ids, one a line."""
     both = (*source.val, *source.train)  # where they share an id, a list means the training image
     by_id, by_image = {i.id: i for i in both}, {i.image: i for i in both}
-    items, seen = [], set()
+    items = []
     for line in _list(path):
         words = [line] if line in by_id else line.split()
         for word in words:
@@ -474,9 +429,6 @@ def _read_list(source: Source, path: Path) -> list[Item]:
             item = by_id.get(words[0]) or by_id.get(Path(words[0]).stem if a_file else "")
         if item is None:
             raise InputError(f"{path}: {words[0]} is not in {source.name} {source.root}; remove it")
-        if item.image in seen:
-            raise InputError(f"{path}: {item.id} is listed twice; list it once")
-        seen.add(item.image)
         items.append(item)
     if not items:
         raise InputError(f"{path}: an empty list; give at least one image")
@@ -629,13 +581,13 @@ def _stack(arrays: tuple[np.ndarray, ...]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
-def _loader(dataset: Dataset, steps: range, workers: int, device: torch.device) -> DataLoader:
+def _loaded(dataset: Dataset, steps: range, workers: int, device: torch.device) -> Iterator[dict]:
     # batch_size=None: an item is a batch already
-    pin = device.type == "cuda"
-    quiet = _ignore_signals if workers else None
-    return DataLoader(
-        dataset, None, sampler=steps, num_workers=workers, pin_memory=pin, worker_init_fn=quiet
-    )
+    more = dict(worker_init_fn=_ignore_signals, pin_memory=device.type == "cuda")
+    for batch in DataLoader(dataset, None, sampler=steps, num_workers=workers, **more):
+        if "error" in batch:
+            raise InputError(batch["error"])
+        yield batch
 
 
 def _ignore_signals(_worker: int) -> None:
@@ -648,9 +600,7 @@ def train_batches(
     dataset: TrainBatches, start: int, workers: int, device: torch.device
 ) -> Iterator[dict]:
     """Yields the batches from step `start` on, on the device; images [B, 3, H, W] in [0, 1]."""
-    for batch in _loader(dataset, range(start, len(dataset)), workers, device):
-        if "error" in batch:
-            raise InputError(batch["error"])
+    for batch in _loaded(dataset, range(start, len(dataset)), workers, device):
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 batch[name] = value.to(device, non_blocking=True)
@@ -776,43 +726,29 @@ class ValBatches(Dataset):
             return {"error": str(e)}
 
     def load(self, items: list[Item]) -> dict:
-        images, labels, sizes = [], [], []
-        for item in items:
-            image = read_image(item)
-            size, padded = image.size, self.padded(image.size)[::-1]
-            for pic, fill, out in (
-                (image, FILL, images),
-                (read_mask(item, size, self.num_classes), IGNORE, labels),
-            ):
-                full = Image.new(pic.mode, padded, fill)
-                full.paste(pic)
-                out.append(np.asarray(full))
-            sizes.append(size[::-1])
-        return {
-            "image": _stack(images),
-            "label": _stack(labels),
-            "size": sizes,
-            "id": [i.id for i in items],
-        }
+        shape, sizes = (len(items), *self.padded(_size(items[0]))), []
+        image, label = np.full((*shape, 3), FILL, np.uint8), np.full(shape, IGNORE, np.uint8)
+        for b, item in enumerate(items):
+            pic = read_image(item)
+            sizes.append((pic.height, pic.width))
+            inside = np.s_[b, : pic.height, : pic.width]
+            image[inside], label[inside] = pic, read_mask(item, pic.size, self.num_classes)
+        image, label = torch.from_numpy(image), torch.from_numpy(label)
+        return dict(image=image, label=label, size=sizes, id=[i.id for i in items])
 
 
+@functools.cache  # evaluations need it again
 def _size(item: Item) -> tuple[int, int]:
     if isinstance(item.image, int):
         return SHAPES_SIZE, SHAPES_SIZE
-    try:
-        with Image.open(item.image, formats=FORMATS) as image:  # reads the header alone
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{item.image}: no readable image ({e}); replace or remove it") from None
+    return _open(item.image, "image", decode=False).size
 
 
 def val_batches(
     dataset: ValBatches, rank: int, world: int, workers: int, device: torch.device
 ) -> Iterator[dict]:
     """Yields a rank's share of the val batches: image [b, 3, H, W] normalised, label int64."""
-    for batch in _loader(dataset, range(rank, len(dataset), world), workers, device):
-        if "error" in batch:
-            raise InputError(batch["error"])
+    for batch in _loaded(dataset, range(rank, len(dataset), world), workers, device):
         image, label = (batch[k].to(device, non_blocking=True) for k in ("image", "label"))
         image = normalize(image.permute(0, 3, 1, 2).float() / 255)
         yield batch | {"image": image, "label": label.long()}
@@ -823,18 +759,10 @@ def val_batches(
 
 def palette() -> np.ndarray:
     """VOC's colour map [256, 3] uint8: class bits spread over the channels; 255 is a light grey."""
-    k = np.arange(256)
-    colors = np.zeros((256, 3), int)
-    for bit in range(3):
-        for channel in range(3):
-            colors[:, channel] |= (k >> (3 * bit + channel) & 1) << (7 - bit)
+    bits = np.arange(256)[:, None, None] >> np.arange(9).reshape(3, 3) & 1  # [id, bit, channel]
+    colors = (bits << np.array([[7], [6], [5]])).sum(1).astype(np.uint8)
     colors[IGNORE] = 224
-    return colors.astype(np.uint8)
-
-
-def colorize(label: np.ndarray) -> np.ndarray:
-    """[H, W] class ids to [H, W, 3] uint8 colours."""
-    return palette()[label]
+    return colors
 
 
 def check(source: Source) -> tuple[list[str], list[str]]:
@@ -849,12 +777,10 @@ def check(source: Source) -> tuple[list[str], list[str]]:
         except InputError as e:
             faults.append(str(e))
     for part, items in (("train", source.train), ("val", source.val)):
-        masks, ids = source.root / part / "masks", {i.id for i in items}
-        for mask in sorted(masks.glob("*")) if source.name == "folder" else ():
-            if mask.stem not in ids or mask.suffix.lower() != ".png":
-                faults.append(
-                    f"{mask}: no image's mask; name it like its image, .png, or remove it"
-                )
+        ids, masks = {i.id for i in items}, sorted((source.root / part / "masks").glob("*"))
+        for m in masks if source.name == "folder" else ():
+            if m.stem not in ids or m.suffix.lower() != ".png":
+                faults.append(f"{m}: no image's mask; name it like its image, .png, or remove it")
     return faults, [name for k, name in enumerate(source.classes) if k not in seen]
 
 
@@ -865,18 +791,14 @@ def download(root: Path) -> None:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise InputError(
-            "SBD's masks are .mat files: run `pip install scipy`, then again"
-        ) from None
+        raise InputError("SBD's masks are .mat files: pip install scipy, then again") from None
     sbd = root / "sbd"
     more = dict(mode="segmentation", download=not (sbd / "cls").is_dir())
     try:
         VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
         SBDataset(str(sbd), image_set="train", **more)
     except (OSError, RuntimeError) as e:
-        raise InputError(
-            f"{root}: cannot be fetched ({e}); see to network and disk, try again"
-        ) from None
+        raise InputError(f"{root}: not fetched ({e}); see to network, disk; try again") from None
     voc = _pascal_root(root)
     lists, aug = voc / "ImageSets/Segmentation", voc / "SegmentationClassAug"
     aug.mkdir(exist_ok=True)
@@ -888,9 +810,7 @@ def download(root: Path) -> None:
         mask = loadmat(sbd / f"cls/{id}.mat")["GTcls"]["Segmentation"][0, 0]
         Image.fromarray(mask.astype(np.uint8)).save(aug / f"{id}.png")
     (lists / "trainaug.txt").write_text("\n".join(sorted([*fine, *extra])) + "\n")
-    print(
-        f"{voc}: {len(fine)} VOC and {len(extra)} SBD training masks; 1464 and 9118 are published"
-    )
+    print(f"{voc}: masks: VOC {len(fine)} (published: 1464), SBD {len(extra)} (published: 9118)")
 
 
 def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, path: Path) -> None:
@@ -900,17 +820,14 @@ def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, pa
     items = [i for i in source.train if i.mask][:8]
     if not items:
         raise InputError(f"--preview: {source.root} has no train image with a mask; add one")
-    items = items if len(items) > 1 else items * 2
     split = Split(items, items, [], source.classes, "", "")
-    args = dict(seed=seed, crop_size=crop, scale=scale, batch_size=len(items) // 2 * 2)
-    args = argparse.Namespace(**args, labeled_only=False, iters=1)
+    args = dict(seed=seed, crop_size=crop, scale=scale, batch_size=8, iters=1)
+    args = argparse.Namespace(**args, labeled_only=False)
     batch = next(train_batches(TrainBatches(split, args), 0, 0, torch.device("cpu")))
     strong = strong_views(batch["u"], batch["strong"], batch["order"])
-    box = rect_mask(batch["box"][0], crop, crop)[:, None]
-    cut = torch.where(
-        box, strong[0].view(-1, 2, 3, crop, crop).flip(1).view_as(strong[0]), strong[0]
-    )
-    labels = torch.from_numpy(colorize(batch["y"].numpy())).permute(0, 3, 1, 2) / 255
+    box, pi = rect_mask(batch["box"][0], crop, crop)[:, None], torch.arange(len(strong[0])) ^ 1
+    cut = torch.where(box, strong[0][pi], strong[0])
+    labels = torch.from_numpy(palette()[batch["y"].numpy()]).permute(0, 3, 1, 2) / 255
     columns = torch.cat([batch["u"], *strong, cut, batch["x"], labels], 3)  # [B, 3, H, 6W]
     rows = (columns.permute(0, 2, 3, 1).flatten(0, 1) * 255).round().byte()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -941,21 +858,14 @@ def add_flags(a: Callable) -> None:
     a("--dataset", choices=tuple(PRESETS), help="unset: pascal if under --root, else shapes")
     a("--root", type=Path, default=ROOT, help="folder of the data set")
     a("--protocol", choices=PROTOCOLS, default="classic", help="which VOC masks are labelled")
-    a(
-        "--split",
-        default="1/16",
-        help="labelled: a share of all masks, full, a count, or a folder of lists",
-    )
+    a("--split", default="1/16", help="labelled: a share, full, a count, or a folder of lists")
     a("--split-seed", type=COUNT, default=0, help="draws the split, unless that is a folder")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of `python data.py`."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(
-        description="Checks a data set: opens every file, lists all faults.",
-        formatter_class=formatter,
-    )
+    p = argparse.ArgumentParser(description="Checks a data set: opens all files, lists faults.")
+    p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     a = p.add_argument
     add_flags(a)
     a("--download", action="store_true", help="first fetch VOC 2012 and SBD (needs scipy)")

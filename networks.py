@@ -401,7 +401,8 @@ def load_weights(net: Segmenter, name: str, weights: str) -> str:
 
 def _download_weights(name: str) -> dict:
     """torch.hub caches the file; one process of a machine fetches it, the others then find it."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    ranks = dist.is_initialized()
+    first = not ranks or int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
         dist.barrier()
     try:
@@ -414,5 +415,5 @@ def _download_weights(name: str) -> dict:
             f"--weights imagenet: {name} cannot be fetched ({e}); give a FILE or none"
         ) from None
     finally:
-        if first and dist.is_initialized():
+        if first and ranks:
             dist.barrier()

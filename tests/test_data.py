@@ -616,8 +616,17 @@ def test_val_images_without_a_file_are_found_before_training(what, tmp_path):
     lost = next(p for p in sorted(root.glob(f"{what}/val/*/*")) if "color" not in p.name)
     source = data.load_source("cityscapes", root)
     lost.unlink()
-    with pytest.raises(InputError, match=f"a val image; no such file.*{lost.name}"):
+    with pytest.raises(InputError, match=f"val image; there is no .*{lost.name}"):
         data.make_split(source, "2", 0, "classic")
+
+
+def test_val_image_that_is_listed_twice(tmp_path):
+    """Guards: an image that counts twice in mIoU."""
+    root = make_pascal(tmp_path / "voc")
+    path = root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
+    path.write_text(path.read_text() + VOC_VAL[0] + "\n")
+    with pytest.raises(InputError, match=f"{VOC_VAL[0]}: val and val image"):
+        data.make_split(data.load_source("pascal", root), "2", 0, "classic")
 
 
 def test_voc_without_sbd(tmp_path):
@@ -660,7 +669,7 @@ def test_labelled_without_a_mask(tmp_path):
         data.make_split(source, lists(tmp_path / "l", ["t00", "t06"], ["t07"]), 0, "classic")
     root = make_pascal(tmp_path / "voc")
     (root / f"VOCdevkit/VOC2012/SegmentationClass/{VOC_TRAIN[2]}.png").unlink()
-    with pytest.raises(InputError, match=f"{VOC_TRAIN[2]}.*no mask"):
+    with pytest.raises(InputError, match=f"labelled.*there is no .*{VOC_TRAIN[2]}.png"):
         data.make_split(data.load_source("pascal", root), "full", 0, "classic")
 
 
@@ -713,6 +722,8 @@ def test_default_data_set(tmp_path):
     assert data.find_dataset(None, data.ROOT) == "shapes"
     with pytest.raises(InputError, match="give --dataset folder, cityscapes or shapes"):
         data.find_dataset(None, tmp_path)  # not shapes: a --root was given
+    with pytest.raises(InputError, match="no PASCAL VOC"):
+        data.find_dataset(None, Path("data"))  # also when it is the default's name
     with pytest.raises(InputError, match="give --dataset folder too"):
         data.find_dataset(None, make_folder(tmp_path / "f"))
     assert data.find_dataset(None, make_pascal(tmp_path / "voc")) == "pascal"
@@ -761,7 +772,7 @@ def test_images_of_one_stem(tmp_path):
         data.load_source("folder", root)
 
 
-MISSING = {"pascal": "JPEGImages", "cityscapes": "leftImg8bit", "folder": "classes.txt"}
+MISSING = {"pascal": "val.txt", "cityscapes": "leftImg8bit", "folder": "classes.txt"}
 
 
 @pytest.mark.parametrize("name", MISSING)
@@ -784,7 +795,7 @@ def test_folder_without_a_part(tmp_path, lost):
     for file in (root / lost).iterdir():
         file.unlink()
     with pytest.raises(InputError, match=lost):
-        data.load_source("folder", root)
+        data.make_split(data.load_source("folder", root), "2", 0, "classic")
 
 
 def test_folder_without_class_names(tmp_path):
@@ -1350,10 +1361,10 @@ def test_preview_of_one_image_into_a_new_folder(tmp_path, monkeypatch):
     root, picture = make_folder(tmp_path / "f", labeled=1, unlabeled=1), tmp_path / "new/x.png"
     command(monkeypatch, "--dataset", "folder", "--root", root, "--preview", picture)
     crop = data.PRESETS["folder"]["crop_size"]
-    assert Image.open(picture).size == (6 * crop, 2 * crop)
+    assert Image.open(picture).size == (6 * crop, 8 * crop)
     argv = ("--dataset", "folder", "--root", root, "--preview", picture, "--crop-size", 40)
     command(monkeypatch, *argv)
-    assert Image.open(picture).size == (6 * 40, 2 * 40)
+    assert Image.open(picture).size == (6 * 40, 8 * 40)
 
 
 def test_download_needs_scipy(tmp_path, monkeypatch):
