@@ -1381,6 +1381,22 @@ def test_download_is_of_voc_alone(tmp_path, monkeypatch):
         command(monkeypatch, "--dataset", "folder", "--root", tmp_path, "--download")
 
 
+def test_download_that_fails(tmp_path, monkeypatch):
+    """Guards: a traceback where an archive is broken; torchvision says that by RuntimeError."""
+    import torchvision.datasets
+
+    def broken(*_, **__):
+        raise RuntimeError("File not found or corrupted.")
+
+    io = types.ModuleType("scipy.io")
+    io.loadmat = None
+    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
+    monkeypatch.setitem(sys.modules, "scipy.io", io)
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", broken)
+    with pytest.raises(InputError, match=f"{tmp_path}: not fetched .*corrupted.*try again"):
+        command(monkeypatch, "--dataset", "pascal", "--root", tmp_path, "--download")
+
+
 def test_download_merges_the_masks(tmp_path, monkeypatch):
     """Both archives faked: VOC's masks as they are, SBD's for the other images but val."""
     import torchvision.datasets

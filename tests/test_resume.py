@@ -5,12 +5,15 @@
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -421,6 +424,37 @@ def test_overwrite_starts_anew(root, tmp_path):
     assert not (out / "events.out.tfevents.1").exists()
     prev = torch.load(out / "latest.prev.pt", weights_only=True)
     assert (prev["step"], prev["flags"]["seed"]) == (4, 0)
+
+
+def test_tensorboard_is_told_what_the_log_is(root, tmp_path, monkeypatch):
+    """Guards: points of steps that a resumed run does again, drawn twice."""
+    told = []
+
+    class Writer:
+        def __init__(self, folder: Path, purge_step: int) -> None:
+            told.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            told.append((name, value, step))
+
+        def close(self) -> None:
+            told.append("closed")
+
+    board = types.ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    argv = procs.flags("speed", root, tmp_path, "--iters 6")
+    run_and_die(6, "speed", argv)  # the last checkpoint is of step 4
+    assert told.pop(0) == (tmp_path, 1)
+    assert max(step for _, _, step in told) == 4
+    told.clear()
+    run("speed", argv)
+    assert told.pop(0) == (tmp_path, 5)
+    assert told.pop() == "closed"
+    log = [json.loads(line) for line in procs.lines(tmp_path / "log.jsonl")]
+    want = [(f"{r['kind']}/{k}", v, 6) for r in log if r["step"] == 6 for k, v in r.items()]
+    assert told == [w for w in want if isinstance(w[1], float)]
+    assert {"train/loss", "train/L_x", "eval/miou"} <= {name for name, _, _ in told}
 
 
 def test_overwrite_killed_before_its_first_checkpoint(root, tmp_path, monkeypatch):
