@@ -601,7 +601,7 @@ class Run:
         out = self.args.out
         try:
             (out / "preview").mkdir(parents=True, exist_ok=True)
-            self.file = open(out / "log.jsonl", "ab")  # noqa: SIM115
+            self.file = open(out / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
             self._lock()
             for path in old:  # before the log, so that none goes on from a checkpoint without it
                 path.unlink(missing_ok=True)
@@ -689,9 +689,10 @@ class Run:
         """A line of log.jsonl, of TensorBoard, and of the terminal or its bar."""
         if self.rank:
             return
+        rest = (json.dumps({"kind": kind} | line) + "\n").encode()
         try:
-            self.file.write((json.dumps({"kind": kind} | line) + "\n").encode())
-            self.file.flush()
+            while rest:  # a write may take a part, and the next one then say why
+                rest = rest[self.file.write(rest) :]
         except OSError as e:
             raise RunError(f"{self.file.name}: cannot be written ({e.strerror})") from None
         scalars = {k: v for k, v in line.items() if isinstance(v, float)}
@@ -713,7 +714,8 @@ class Run:
                 maps = (batch["image"][k], batch["label"][k], prediction[k])
                 rows.append(picture(*(m[..., :h, :w] for m in maps)))
 
-        matrices = evaluate(nets, self.split, self.args, self.device, keep)
+        write = keep if self.rank == 0 else None
+        matrices = evaluate(nets, self.split, self.args, self.device, write)
         results = {name: iou_of(m) for name, m in matrices.items()}
         self.last, iou = next(iter(results.values()))
         line["miou"] = round(self.last, 4)

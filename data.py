@@ -363,7 +363,8 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     parts, seen = dict(val=source.val, labelled=labeled, unlabelled=unlabeled), {}
     for part, item in ((part, item) for part, items in parts.items() for item in items):
         if item.image in seen:
-            raise InputError(f"{item.id}: {seen[item.image]} and {part} image; list it once")
+            both = f"listed as {seen[item.image]} and as {part} image"
+            raise InputError(f"{said}: {item.id} is {both}; list it once")
         seen[item.image] = part
         files = (item.image,) if part == "unlabelled" else (item.image, item.mask)
         lost = [f for f in files if source.name != "shapes" and not (f and os.path.isfile(f))]

@@ -30,6 +30,7 @@ from datasets import (
 from PIL import Image
 
 import data
+import speed
 from data import InputError, Item, Source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -625,7 +626,7 @@ def test_val_image_that_is_listed_twice(tmp_path):
     root = make_pascal(tmp_path / "voc")
     path = root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
     path.write_text(path.read_text() + VOC_VAL[0] + "\n")
-    with pytest.raises(InputError, match=f"{VOC_VAL[0]}: val and val image"):
+    with pytest.raises(InputError, match=f"{VOC_VAL[0]} is listed as val and as val"):
         data.make_split(data.load_source("pascal", root), "2", 0, "classic")
 
 
@@ -718,12 +719,16 @@ def test_pascal_layouts(tmp_path):
     assert [i.id for i in without.train] == VOC_TRAIN  # val's masks lie in SegmentationClassAug too
 
 
-def test_default_data_set(tmp_path):
+def test_default_data_set(tmp_path, monkeypatch):
     assert data.find_dataset(None, data.ROOT) == "shapes"
     with pytest.raises(InputError, match="give --dataset folder, cityscapes or shapes"):
         data.find_dataset(None, tmp_path)  # not shapes: a --root was given
     with pytest.raises(InputError, match="no PASCAL VOC"):
         data.find_dataset(None, Path("data"))  # also when it is the default's name
+    monkeypatch.chdir(tmp_path)
+    assert speed.parse_args([]).dataset == "shapes"
+    with pytest.raises(InputError, match="--root data: no PASCAL VOC"):
+        speed.parse_args(["--root", "data"])
     with pytest.raises(InputError, match="give --dataset folder too"):
         data.find_dataset(None, make_folder(tmp_path / "f"))
     assert data.find_dataset(None, make_pascal(tmp_path / "voc")) == "pascal"
@@ -810,6 +815,13 @@ def test_folder_without_class_names(tmp_path):
 
 def read(path: Path, classes: int = 21, size: tuple[int, int] = (48, 40)) -> np.ndarray:
     return np.asarray(data.read_mask(Item("x", path, path), size, classes))
+
+
+def test_palette_is_vocs():
+    """Colours as the development kit lists them; 255 is ours."""
+    known = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 4: (0, 0, 128), 15: (192, 128, 128)}
+    known |= {20: (0, 64, 128), 255: (224, 224, 224)}
+    assert {k: tuple(data.palette()[k].tolist()) for k in known} == known
 
 
 def test_palette_masks_keep_their_indices(tmp_path):

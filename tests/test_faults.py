@@ -18,7 +18,7 @@ import numpy as np
 import procs
 import pytest
 import torch
-from datasets import blobs, make_folder, truncate
+from datasets import blobs, make_folder, noise, save, truncate
 from PIL import EpsImagePlugin, Image
 
 import common
@@ -184,6 +184,46 @@ def test_save_that_fails_leaves_the_one_before(name, root, out, straight, monkey
     assert max(found) >= 4
     run(procs.flags("speed", root, out))
     procs.assert_same(procs.result(out), straight)
+
+
+def test_log_line_that_does_not_fit(root, straight, tmp_path, monkeypatch):
+    """Guards: half a line without an error, as one write may take a part of what it is given."""
+    argv, log = procs.flags("speed", root, tmp_path / "out"), tmp_path / "out/log.jsonl"
+    before, whole = resource.getrlimit(resource.RLIMIT_FSIZE), common.Run._train_line
+
+    def full(self: common.Run, done: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 20, before[1]))
+        try:
+            whole(self, done)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as m:
+        m.setattr(common.Run, "_train_line", full)
+        with pytest.raises(RunError, match="log.jsonl: cannot be written"):
+            run(argv)
+    run(argv)
+    procs.assert_same(procs.result(tmp_path / "out"), straight)
+
+
+def test_preview_is_of_the_evaluation(tmp_path, monkeypatch):
+    """Guards: other images, padding, or another network's predictions in the picture."""
+    root, sizes = make_folder(tmp_path / "data", val=0), [(48, 40), (33, 50), (20, 64), (48, 40)]
+    for k, size in enumerate(sizes):
+        save(root / f"val/images/v{k}.png", noise(k, size))
+        save(root / f"val/masks/v{k}.png", blobs(k, 3, size))
+    out = tmp_path / "out"
+    run(procs.flags("speed", root, out, "--iters 4"))
+    monkeypatch.setattr(common, "build_network", procs.tiny_network)
+    run(["--test-only", out / "best.pt", "--root", root, "--save-predictions", tmp_path / "p"])
+    rows = []
+    for k in (0, 3, 1, 2):  # batches are of one size, in the order in which sizes come
+        maps = (blobs(k, 3, sizes[k]), np.asarray(Image.open(tmp_path / f"p/v{k}.png")))
+        colors = [data.palette()[m] for m in maps]
+        row = np.concatenate([noise(k, sizes[k]), *colors], 1)
+        rows.append(np.pad(row, ((0, 0), (0, 3 * 48 - row.shape[1]), (0, 0))))
+    found = np.asarray(Image.open(out / "preview/000004.png"))
+    assert np.array_equal(found, np.concatenate(rows))
 
 
 def test_preview_that_cannot_be_written(root, tmp_path, monkeypatch):

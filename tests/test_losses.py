@@ -159,6 +159,24 @@ def test_every_supervised_loss_is_what_the_flags_say(script, labeled_only, tmp_p
     assert flags == [("ohem", 500)] * (2 * networks)  # two steps
 
 
+def test_all_rates_follow_the_schedule():
+    """Guards: rates that fall faster and faster, and heads at the backbone's rate."""
+
+    def groups() -> torch.optim.Optimizer:
+        two = ({"params": [torch.zeros(1)], "lr": rate} for rate in (0.1, 1.0))
+        return torch.optim.SGD([*two], momentum=0.9)
+
+    run, optimizer = object.__new__(common.Run), groups()
+    run.args = types.SimpleNamespace(lr=0.1, iters=10)
+    for step in range(10):
+        if step == 4:  # resumed
+            saved, optimizer = optimizer.state_dict(), groups()
+            optimizer.load_state_dict(saved)
+        run.set_lr(optimizer, step)
+        poly = (1 - step / 10) ** 0.9
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1 * poly, poly])
+
+
 def test_ohem_has_no_gradient_at_dropped_pixels():
     r = np.random.default_rng(4)
     z, y = r.normal(size=(1, C, 6, 6)), labels("ignore", r, (1, 6, 6))

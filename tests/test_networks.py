@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
+import networks
 from data import InputError
 from networks import BACKBONES, CNNS, build_network, load_weights
 
@@ -484,3 +485,17 @@ def test_no_weights_change_nothing():
 def test_backbones_are_named_in_full():
     assert set(CNNS) == {"resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"}
     assert set(BACKBONES) - set(CNNS) == {"dinov2_vits14", "dinov2_vitb14"}
+
+
+def test_imagenet_weights_without_a_process_group(monkeypatch):
+    """Guards: waiting for the ranks of a group that there is not; clusters set LOCAL_RANK alone."""
+
+    class Published:
+        def get_state_dict(self, progress: bool) -> dict:
+            return {"progress": progress}
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(
+        networks.models, "get_model_weights", lambda name: {"IMAGENET1K_V1": Published()}
+    )
+    assert networks._download_weights("resnet18") == {"progress": True}

@@ -375,11 +375,12 @@ def test_finished_run_prints_its_last_line(script, root, finished, monkeypatch, 
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("every", [1, 9])  # 9: only the last step was saved
 @pytest.mark.parametrize("more", ["", "--resume none", "--lr 0.5"])
-def test_a_run_without_its_checkpoints_is_refused(more, root, tmp_path):
+def test_a_run_without_its_checkpoints_is_refused(more, every, root, tmp_path):
     """Guards: best.pt and log of a run, lost as its latest.pt, no longer needed, was removed."""
     out = tmp_path / "out"
-    run("speed", procs.flags("speed", root, out, "--iters 2 --save-every 1"))
+    run("speed", procs.flags("speed", root, out, f"--iters 2 --save-every {every}"))
     for path in out.glob("latest*"):
         path.unlink()
     before = contents(out)
