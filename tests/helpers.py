@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -72,16 +72,16 @@ def batches_of(args: object) -> list[dict]:
     return list(data.train_batches(data.TrainBatches(split, args), 0, 0, cpu))
 
 
-def find_seed(args: object, boxes: bool = True) -> list[dict]:
+def find_seed(args: object, boxes: bool = True, seeds: Iterable[int] = range(100)) -> list[dict]:
     """Sets args.seed to one whose first batch has padding in x and u, and boxes in both views."""
-    for args.seed in range(100):
+    for args.seed in seeds:
         batches = batches_of(args)
         first = batches[0]
         padded = all(not first[f"{k}_valid"].all() for k in "xu")
         # all boxes are the notes' (of 2 % or more) or empty
         if padded and (not boxes or all((b[:, 2] > b[:, 0]).any() for b in first["box"])):
             return batches
-    raise AssertionError("no seed among 100 has padding and boxes")
+    raise AssertionError("no seed has padding and boxes")
 
 
 def network(name: str) -> nn.Module:

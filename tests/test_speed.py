@@ -364,13 +364,16 @@ VARIANTS = {
 }
 
 
-def two_steps(args: object, batches: list[dict], net: torch.nn.Module) -> list[dict[str, float]]:
+def two_steps(
+    args: object, batches: list[dict], net: torch.nn.Module
+) -> tuple[list[dict[str, float]], float]:
     """The note's steps 1 to 10, image by image and cell by cell; trains `net`. B = 2.
 
-    Leaves a threshold in `args` that about half of step 0's pixels reach.
+    Leaves a threshold in `args` that about half of step 0's pixels reach. Also returns how far
+    apart, at least, the views' entropies are in a cell.
     """
     crop, n, swap = args.crop_size, args.grid, [1, 0]
-    lines, velocity, picked = [], None, set()
+    lines, velocity, picked, apart = [], None, set(), math.inf
     for step, batch in enumerate(batches):
         x, y, valid = standardized(batch["x"]), batch["y"], batch["u_valid"]
         u = standardized(batch["u"])
@@ -400,6 +403,7 @@ def two_steps(args: object, batches: list[dict], net: torch.nn.Module) -> list[d
                         kept = of_view(v, valid)[cell]
                         p = torch.where(p > 0, -p * p.log(), 0).sum(-1)[kept]
                         h.append(p.mean().item())  # nan where there is no image
+                    apart = min(apart, abs(h[1] - h[0]))  # nan is not less
                     take = h[1] > h[0] if args.pick == "max" else h[1] < h[0]
                     if args.pick == "random":
                         take = data.rng(args.seed, "coin", step, b).random((n, n))[i, j] < 0.5
@@ -435,7 +439,7 @@ def two_steps(args: object, batches: list[dict], net: torch.nn.Module) -> list[d
         velocity = sgd(args, [(backbone, 1), (head, args.head_lr_mult)], step, velocity)
         lines.append({k: v.item() for k, v in t.items()} | {"confident": int(keep.sum()) / count})
     assert len(picked) == 2, "one view has won all cells: this seed tests nothing"
-    return lines
+    return lines, apart
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -443,11 +447,13 @@ def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHAPES_VAL", 2)
     argv = [*TINY, *VARIANTS[variant].split()]
     args = speed.parse_args(argv)
-    args.threshold, batches = None, find_seed(args)
-    torch.manual_seed(args.seed)
-    net = network(args.backbone)
-    begin = copy.deepcopy(net.state_dict())
-    mine = two_steps(args, batches, net)
+    seeds, apart = iter(range(100)), 0
+    while apart < 2.5e-6:  # 20 units of rounding, which must not decide on a cell
+        args.threshold, batches = None, find_seed(args, seeds=seeds)
+        torch.manual_seed(args.seed)
+        net = network(args.backbone)
+        begin = copy.deepcopy(net.state_dict())
+        mine, apart = two_steps(args, batches, net)
 
     argv += ["--threshold", str(args.threshold), "--seed", str(args.seed)]
     lines, latest, best = run_main(speed, argv, tmp_path)
