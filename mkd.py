@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     run = common.Run(args)
     classes = len(run.split.classes)
 
-    # ---- networks, optimizer: one seed is drawn on for both students, so their heads differ
+    # ---- networks (step 1), optimizer: one seed is drawn on for both students: their heads differ
     students = []
     for _ in range(2):
         net = build_network(args.backbone, classes, args.output_stride, args.decoder)
