@@ -199,3 +199,22 @@ def test_oracle_trains(tmp_path):
         p = call(*words)
         assert p.returncode == 2
         assert len(p.stderr.splitlines()) == 1
+
+
+def test_unlabeled_against_a_row(tmp_path):
+    """Guards: seeds paired wrongly, a seed that one of two rows lacks, signs."""
+    records = []
+    for run, value in [("a-s0", 50.0), ("a-s1", 40.0), ("b-s1", 43.0), ("b-s0", 51.0), ("c-s2", 9)]:
+        record = {"run": run, "split": "2", "unlabeled_images": 4, "val_images": 3}
+        record |= {"unlabeled_miou": value, "unlabeled_accuracy": 2 * value}
+        records.append(record | {"val_miou": 100 - value, "val_accuracy": 70})
+    saved = tmp_path / "saved.jsonl"
+    saved.write_text("".join(json.dumps(r) + "\n" for r in records))
+    p = call(HERE / "unlabeled.py", "2", saved, "--against", "a")
+    second = p.stdout.split("\n\n")[-1].splitlines()
+    assert second[2:] == [
+        "| `b` | 2 | +2.0 (+1.0 +3.0) | +4.0 (+2.0 +6.0) | -2.0 (-1.0 -3.0) | +0.0 (+0.0 +0.0) |"
+    ]
+    p = call(HERE / "unlabeled.py", "2", saved, "--against", "d")
+    assert p.returncode == 2
+    assert p.stderr == "error: --against d: is no row; give one of a, b, c\n"

@@ -6,6 +6,7 @@ not get better from pseudo-labels that get better without helping on other scene
 python tests/unlabeled.py 1/16 runs/*                       # a Markdown table, of latest.pt
 python tests/unlabeled.py 1/16 runs/* --save results.jsonl  # also: what it shows, run by run
 python tests/unlabeled.py 1/16 results.jsonl                # the table again
+python tests/unlabeled.py 1/16 runs/* --against labeled     # also: how far above that row, by seed
 
 The first word is the --split whose unlabelled images are meant, for all runs alike; those without a
 mask are left out. Runs that differ by their seed alone make a row: mean and standard deviation of
@@ -57,22 +58,37 @@ def measure(run: Path, split: str) -> dict:
     return record
 
 
-def table(records: list[dict]) -> None:
-    """Prints a row for each name; all records are of the same images."""
-    rows: dict[str, list[dict]] = {}
-    for r in records:
-        rows.setdefault(re.sub(r"-s\d+$", "", r["run"]), []).append(r)
-    counts = (f"{records[0][f'{name}_images']} {name} images" for name in ("unlabeled", "val"))
-    first, second = counts
-    print(f"| run | seeds | {first}: mIoU | accuracy | {second}: mIoU | accuracy |")
-    print("|" + "---|" * 6)
+def table(rows: dict[str, dict[str, dict]], against: str | None) -> None:
+    """Prints a row for each name, of {name: {seed: record}}; all records are of the same images.
+
+    With `against` a second table: the mean of the differences to that row over the seeds of both,
+    and each seed's.
+    """
+    first = next(iter(next(iter(rows.values())).values()))
+    left, right = (f"{first[f'{name}_images']} {name} images" for name in ("unlabeled", "val"))
+    head = f"| run | seeds | {left}: mIoU | accuracy | {right}: mIoU | accuracy |\n|{'---|' * 6}"
+    print(head)
     for name, runs in rows.items():
         cells = []
         for column in COLUMNS:
-            values = [r[column] for r in runs]
+            values = [r[column] for r in runs.values()]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         print(f"| `{name}` | {len(runs)} |", " | ".join(cells), "|")
+    if not against:
+        return
+    print(f"\nAbove `{against}`: mean (seed by seed)\n\n{head}")
+    for name, runs in rows.items():
+        seeds = sorted(set(runs) & set(rows[against]))
+        if name == against or not seeds:
+            continue
+        cells = []
+        for column in COLUMNS:
+            values = [runs[s][column] - rows[against][s][column] for s in seeds]
+            cells.append(
+                f"{statistics.mean(values):+.1f} ({' '.join(f'{v:+.1f}' for v in values)})"
+            )
+        print(f"| `{name}` | {len(seeds)} |", " | ".join(cells), "|")
 
 
 def main() -> None:
@@ -80,6 +96,7 @@ def main() -> None:
     p.add_argument("split", help="--split whose unlabelled images are meant")
     p.add_argument("runs", nargs="+", type=Path, help="folders of finished runs, files of --save")
     p.add_argument("--save", type=Path, metavar="FILE.jsonl", help="write what the table shows")
+    p.add_argument("--against", metavar="RUN", help="a row; print how far the others are above it")
     args = p.parse_args()
     records = []
     for path in args.runs:
@@ -89,7 +106,13 @@ def main() -> None:
             records += [json.loads(line) for line in path.read_text().splitlines()]
     if any(r["split"] != args.split for r in records):
         raise data.InputError(f"{args.runs}: some are of another split than {args.split}")
-    table(records)
+    rows: dict[str, dict[str, dict]] = {}
+    for r in records:
+        name, seed = re.fullmatch(r"(.*?)(?:-s(\d+))?", r["run"]).groups()
+        rows.setdefault(name, {})[seed or ""] = r
+    if args.against and args.against not in rows:
+        raise data.InputError(f"--against {args.against}: is no row; give one of {', '.join(rows)}")
+    table(rows, args.against)
     if args.save:
         args.save.write_text("".join(json.dumps(r) + "\n" for r in records))
 
