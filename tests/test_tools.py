@@ -211,6 +211,7 @@ def test_unlabeled_against_a_row(tmp_path):
     saved = tmp_path / "saved.jsonl"
     saved.write_text("".join(json.dumps(r) + "\n" for r in records))
     p = call(HERE / "unlabeled.py", "2", saved, "--against", "a")
+    assert p.returncode == 0, p.stderr
     second = p.stdout.split("\n\n")[-1].splitlines()
     assert second[2:] == [
         "| `b` | 2 | +2.0 (+1.0 +3.0) | +4.0 (+2.0 +6.0) | -2.0 (-1.0 -3.0) | +0.0 (+0.0 +0.0) |"

@@ -30,6 +30,7 @@ from networks import Segmenter, build_network, load_checkpoint
 
 STATE = {"net": "", "student1": "", "pair": "junior."}  # where latest.pt has it: SPEED, MKD, SegKC
 COLUMNS = ("unlabeled_miou", "unlabeled_accuracy", "val_miou", "val_accuracy")
+Rows = dict[str, dict[str, dict]]  # {name: {seed: record}}
 
 
 def last_network(run: Path) -> Segmenter:
@@ -58,16 +59,17 @@ def measure(run: Path, split: str) -> dict:
     return record
 
 
-def table(rows: dict[str, dict[str, dict]], against: str | None) -> None:
-    """Prints a row for each name, of {name: {seed: record}}; all records are of the same images.
-
-    With `against` a second table: the mean of the differences to that row over the seeds of both,
-    and each seed's.
-    """
+def heading(rows: Rows) -> str:
+    """The first two lines of either table; all records are of the same images."""
     first = next(iter(next(iter(rows.values())).values()))
     left, right = (f"{first[f'{name}_images']} {name} images" for name in ("unlabeled", "val"))
-    head = f"| run | seeds | {left}: mIoU | accuracy | {right}: mIoU | accuracy |\n|{'---|' * 6}"
-    print(head)
+    names = f"| run | seeds | {left}: mIoU | accuracy | {right}: mIoU | accuracy |"
+    return f"{names}\n|{'---|' * 6}"
+
+
+def table(rows: Rows) -> None:
+    """Prints a row for each name."""
+    print(heading(rows))
     for name, runs in rows.items():
         cells = []
         for column in COLUMNS:
@@ -75,20 +77,21 @@ def table(rows: dict[str, dict[str, dict]], against: str | None) -> None:
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         print(f"| `{name}` | {len(runs)} |", " | ".join(cells), "|")
-    if not against:
-        return
-    print(f"\nAbove `{against}`: mean (seed by seed)\n\n{head}")
+
+
+def differences(rows: Rows, against: str) -> None:
+    """Prints how far each row is above the row `against`: the mean over seeds of both, and each."""
+    print(f"\nAbove `{against}`: mean (seed by seed)\n\n{heading(rows)}")
     for name, runs in rows.items():
-        seeds = sorted(set(runs) & set(rows[against]))
-        if name == against or not seeds:
+        pairs = [(runs[seed], r) for seed, r in rows[against].items() if seed in runs]
+        if name == against or not pairs:
             continue
         cells = []
         for column in COLUMNS:
-            values = [runs[s][column] - rows[against][s][column] for s in seeds]
-            cells.append(
-                f"{statistics.mean(values):+.1f} ({' '.join(f'{v:+.1f}' for v in values)})"
-            )
-        print(f"| `{name}` | {len(seeds)} |", " | ".join(cells), "|")
+            values = [mine[column] - other[column] for mine, other in pairs]
+            each = " ".join(f"{v:+.1f}" for v in values)
+            cells.append(f"{statistics.mean(values):+.1f} ({each})")
+        print(f"| `{name}` | {len(pairs)} |", " | ".join(cells), "|")
 
 
 def main() -> None:
@@ -106,15 +109,17 @@ def main() -> None:
             records += [json.loads(line) for line in path.read_text().splitlines()]
     if any(r["split"] != args.split for r in records):
         raise data.InputError(f"{args.runs}: some are of another split than {args.split}")
-    rows: dict[str, dict[str, dict]] = {}
+    if args.save:
+        args.save.write_text("".join(json.dumps(r) + "\n" for r in records))
+    rows: Rows = {}
     for r in records:
         name, seed = re.fullmatch(r"(.*?)(?:-s(\d+))?", r["run"]).groups()
         rows.setdefault(name, {})[seed or ""] = r
+    table(rows)
     if args.against and args.against not in rows:
         raise data.InputError(f"--against {args.against}: is no row; give one of {', '.join(rows)}")
-    table(rows, args.against)
-    if args.save:
-        args.save.write_text("".join(json.dumps(r) + "\n" for r in records))
+    if args.against:
+        differences(rows, args.against)
 
 
 if __name__ == "__main__":
