@@ -30,6 +30,7 @@ from networks import Segmenter, build_network, load_checkpoint
 
 STATE = {"net": "", "student1": "", "pair": "junior."}  # where latest.pt has it: SPEED, MKD, SegKC
 COLUMNS = ("unlabeled_miou", "unlabeled_accuracy", "val_miou", "val_accuracy")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Rows = dict[str, dict[str, dict]]  # {name: {seed: record}}
 
 
@@ -40,7 +41,7 @@ def last_network(run: Path) -> Segmenter:
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     net = build_network(**load_checkpoint(run / "best.pt")["config"])
     net.load_state_dict(state)
-    return net.place(torch.device("cpu"))
+    return net.place(DEVICE)
 
 
 def measure(run: Path, split: str) -> dict:
@@ -52,7 +53,7 @@ def measure(run: Path, split: str) -> dict:
     net = last_network(run)
     for name, items in (("unlabeled", [i for i in unlabeled if i.mask]), ("val", source.val)):
         images = dataclasses.replace(source, val=items)
-        matrix = common.evaluate({"net": net}, images, args, torch.device("cpu"))["net"]
+        matrix = common.evaluate({"net": net}, images, args, DEVICE)["net"]
         right = 100 * matrix.diagonal().sum().item() / matrix.sum().item()
         record |= {f"{name}_images": len(items), f"{name}_accuracy": right}
         record[f"{name}_miou"] = common.iou_of(matrix)[0]
