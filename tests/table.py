@@ -6,6 +6,7 @@ python tests/table.py runs/*-s0 --grid grid.png   # also: image, truth, and what
 python tests/table.py runs/* --save results.jsonl # also: their results, to be read again
 python tests/table.py results.jsonl               # the table of saved results
 python tests/table.py results.jsonl --classes     # a second table: the last IoU of each class
+python tests/table.py runs/* --at 600             # as they were at step 600, finished or not
 
 Runs that differ by their seed alone (folders that end in -s0, -s1, ...) make a row: mean and
 standard deviation of the last mIoU over seeds, and the mean of the best beside it.
@@ -31,12 +32,16 @@ HERE_ONLY = ("out", "root", "weights", "senior_weights", "test_only", "save_pred
 COLORS = ("#444444", "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf")
 
 
-def read(run: Path) -> dict | None:
-    """The record of a finished run, else None: its flags, {step: mIoU}, {class: last IoU}."""
+def read(run: Path, at: int | None = None) -> dict | None:
+    """The record of a finished run, else None: its flags, {step: mIoU}, {class: last IoU}.
+
+    `at`: as if it had ended with the evaluation at that step; None if there was none.
+    """
     args = json.loads((run / "args.json").read_text())
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["kind"] == "eval"]
-    if not lines or lines[-1]["step"] != args["iters"]:
+    last = at or args["iters"]
+    lines = [line for line in lines if line["kind"] == "eval" and line["step"] <= last]
+    if not lines or lines[-1]["step"] != last:
         return None
     args = {k: v for k, v in args.items() if k not in HERE_ONLY}
     miou = {str(line["step"]): line["miou"] for line in lines}  # as JSON has it: keys are text
@@ -137,27 +142,35 @@ def main() -> None:
     p.add_argument("--curves", type=Path, metavar="PNG", help="draw mIoU over steps")
     p.add_argument("--grid", type=Path, metavar="PNG", help="draw predictions of the runs")
     p.add_argument("--classes", action="store_true", help="print the last IoU of each class, too")
+    p.add_argument("--at", type=int, metavar="STEP", help="take this evaluation for the last one")
     opts = p.parse_args()
     records, done = {}, []
     for run in opts.runs:
         if run.suffix == ".jsonl":
             records |= load(run)
         elif (run / "log.jsonl").is_file():
-            record = read(run)
+            record = read(run, opts.at)
             if record is None:
-                print(f"{run}: not finished, left out", file=sys.stderr)
+                why = f"not evaluated at step {opts.at}" if opts.at else "not finished"
+                print(f"{run}: {why}, left out", file=sys.stderr)
                 continue
             done.append(run)
             records[run.name] = record
-    if not records:
-        sys.exit("error: no finished run among these folders")
     rows, class_rows = {}, {}
     for name, record in records.items():
         row = re.sub(r"-s\d+$", "", name)
         result = {int(step): miou for step, miou in record["miou"].items()}
+        if opts.at and opts.at != max(result):  # of a file: its classes are of the last step
+            if opts.at not in result:
+                print(f"{name}: not evaluated at step {opts.at}, left out", file=sys.stderr)
+                continue
+            result = {step: miou for step, miou in result.items() if step <= opts.at}
+            record = {}
         rows.setdefault(row, []).append(result)
         if "iou" in record:
             class_rows.setdefault(row, []).append({"mIoU": result[max(result)]} | record["iou"])
+    if not rows:
+        sys.exit("error: no finished run among these; give other folders, or --at")
     table(rows)
     if opts.classes and class_rows:
         class_table(class_rows)

@@ -74,6 +74,30 @@ def test_table(tmp_path):
     assert call(HERE / "table.py", tmp_path / "no run").returncode == 1
 
 
+def test_table_at_a_step(tmp_path):
+    """Guards: another step's result, a run without that step, classes of the last step."""
+    write_run(tmp_path / "a-s0", 30, 10.0, 50.0, 40.0)
+    write_run(tmp_path / "a-s1", 30, 10.0, 20.0)
+    write_run(tmp_path / "b-s0", 30, 60.0)
+    runs, saved = sorted(tmp_path.iterdir()), tmp_path / "saved.jsonl"
+    p = call(HERE / "table.py", *runs, "--at", 20, "--save", saved, "--classes")
+    assert p.stdout.splitlines()[2:] == [
+        "| `a` | 20 | 2 | 35.0 ± 21.2 | 35.0 |",
+        "",
+        "| run | mIoU | sky | sea |",
+        "|---|---|---|---|",
+        "| `a` | 35.0 | 70.0 | - |",
+    ]
+    assert "b-s0: not evaluated at step 20, left out" in p.stderr
+    assert call(HERE / "table.py", saved, "--classes").stdout == p.stdout
+    p = call(HERE / "table.py", saved, "--at", 10, "--classes")
+    assert p.stdout.splitlines()[2:] == ["| `a` | 10 | 2 | 10.0 ± 0.0 | 10.0 |"]
+    p = call(HERE / "table.py", saved, "--at", 15)
+    assert p.returncode == 1
+    assert p.stdout == ""
+    assert p.stderr.startswith("a-s0: not evaluated at step 15, left out\na-s1")
+
+
 @pytest.mark.parametrize("script", ["speed", "mkd", "segkc"])
 def test_unlabeled(script, tmp_path):
     """Guards: another network than the run's last, labelled images counted, sets swapped."""
