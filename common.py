@@ -127,9 +127,15 @@ def rank_world() -> tuple[int, int]:
 
 def start_process(args: argparse.Namespace) -> torch.device:
     """Joins torchrun's process group if there is one; settles --amp and --workers, seeds torch."""
-    cuda = torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(f"cuda:{local}" if cuda else "cpu")
     if cuda:
+        ranks = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if ranks > (count := torch.cuda.device_count()):
+            raise InputError(
+                f"{ranks} processes on a machine, which has {count} GPU(s) for them; give a lower "
+                "--nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks"
+            )
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
@@ -821,14 +827,20 @@ def launch(main: Callable[[], None]) -> None:
     Exits at once: other ranks may wait in a collective for this one, workers for its data.
     """
     status, (rank, world) = 0, rank_world()
+    who = f"[rank {rank}] " * (world > 1)
     try:
         main()
     except (InputError, RunError) as e:
         status = 2 if isinstance(e, InputError) else 1
-        if rank == 0 or dist.is_initialized():  # before that, all ranks see the same input
-            print(f"[rank {rank}] " * (world > 1) + f"error: {e}", file=sys.stderr)
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        if local == 0 or dist.is_initialized():  # before that, a machine's ranks see the same input
+            print(f"{who}error: {e}", file=sys.stderr)
         else:
-            time.sleep(5)  # torchrun ends all ranks at the first exit: rank 0's line comes first
+            time.sleep(5)  # torchrun ends all ranks at the first exit: the line comes first
+    except torch.OutOfMemoryError as e:
+        status, told = 1, ". ".join(str(e).split(". ")[:2])  # the second sentence has the size
+        remedy = "give a smaller --batch-size or --crop-size, or more GPUs"
+        print(f"{who}error: {told}; {remedy}", file=sys.stderr)
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
     except KeyboardInterrupt:  # later ones are caught, see Run.resume

@@ -513,6 +513,31 @@ def test_image_that_breaks_in_mid_run(tmp_path):
     procs.assert_same(procs.result(out), procs.result(tmp_path / "straight"))
 
 
+def out_of_memory() -> None:
+    """What torch says when the third update does not fit on the GPU."""
+    whole = common.Run.update
+    seen = []
+
+    def update(*args) -> None:
+        seen.append(1)
+        if len(seen) == 3:
+            size = "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1.00 GiB of which"
+            raise torch.OutOfMemoryError(f"CUDA out of memory. {size} 8.00 MiB is free.")
+        whole(*args)
+
+    common.Run.update = update
+
+
+def test_out_of_gpu_memory(root, tmp_path):
+    """Guards: fifty lines of traceback that name no flag; the saved state lost."""
+    out, text = tmp_path / "out", tmp_path / "text"
+    p = procs.start("speed", procs.flags("speed", root, out), text, first=out_of_memory)
+    assert procs.finish(p) == 1
+    told = "error: CUDA out of memory. Tried to allocate 2.00 GiB; give a smaller --batch-size"
+    assert one_line(text).startswith(told)
+    assert load_checkpoint(out / "latest.pt")["step"] == 2
+
+
 # --------------------------------------------------------------------------- numbers that are none
 
 

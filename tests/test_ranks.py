@@ -36,7 +36,7 @@ def root(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """One rank on CPU, and the signal handlers as they were."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -277,6 +277,19 @@ def test_torchrun_restarts_after_kills(deaths, root, tmp_path, undisturbed):
     saved = [2 * (int(death.split(":")[1]) // 2) for death in deaths.split(",")]
     assert [int(n) for n in re.findall(r"going on from .*, step (\d+)", text)] == saved
     procs.assert_same(procs.result(tmp_path / "out"), undisturbed)
+
+
+@pytest.mark.parametrize(("local", "ranks", "gpus"), [("0", "4", 2), ("3", "4", 3), ("2", None, 2)])
+def test_more_ranks_than_gpus(local, ranks, gpus, root, monkeypatch):
+    """Guards: CUDA's traceback from the last rank alone; clusters set LOCAL_RANK alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in dict(LOCAL_RANK=local, LOCAL_WORLD_SIZE=ranks).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    most = f"{ranks or int(local) + 1} processes on a machine, which has {gpus} GPU"
+    with pytest.raises(data.InputError, match=most):
+        common.Run(args_of("speed", root))
 
 
 @pytest.mark.slow
