@@ -130,12 +130,10 @@ def start_process(args: argparse.Namespace) -> torch.device:
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(f"cuda:{local}" if cuda else "cpu")
     if cuda:
-        ranks = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        if ranks > (count := torch.cuda.device_count()):
-            raise InputError(
-                f"{ranks} processes on a machine, which has {count} GPU(s) for them; give a lower "
-                "--nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks"
-            )
+        if local >= (count := torch.cuda.device_count()):  # not for a rank that is shown its own
+            what = f"LOCAL_RANK {local}: no such GPU, this process sees {count}"
+            remedy = "give a lower --nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks"
+            raise RunError(f"{what}; {remedy}")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
@@ -539,6 +537,8 @@ class Run:
                 self.names, self.rows = saved["names"], [r.to(self.device) for r in saved["rows"]]
                 self.best, self.best_step, self.last = saved["best"]
                 step, log_bytes = int(saved["step"]), int(saved["log_bytes"])
+            except torch.OutOfMemoryError:
+                raise
             except Exception as e:  # noqa: BLE001 - any, on values that only look like a checkpoint
                 reason = str(e).splitlines()[0][:120]
                 why = f"not of this script ({reason})"
@@ -832,23 +832,24 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except (InputError, RunError) as e:
         status = 2 if isinstance(e, InputError) else 1
-        local = int(os.environ.get("LOCAL_RANK", rank))
-        if local == 0 or dist.is_initialized():  # before that, a machine's ranks see the same input
+        # without a group all ranks see the same input
+        if rank == 0 or dist.is_initialized() or status == 1:
             print(f"{who}error: {e}", file=sys.stderr)
         else:
-            time.sleep(5)  # torchrun ends all ranks at the first exit: the line comes first
-    except torch.OutOfMemoryError as e:
-        status, told = 1, ". ".join(str(e).split(". ")[:2])  # the second sentence has the size
-        remedy = "give a smaller --batch-size or --crop-size, or more GPUs"
-        print(f"{who}error: {told}; {remedy}", file=sys.stderr)
+            time.sleep(5)  # torchrun ends all ranks at the first exit: rank 0's line comes first
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
     except KeyboardInterrupt:  # later ones are caught, see Run.resume
         status = 128 + signal.SIGINT
         print("interrupted before the first step", file=sys.stderr)
-    except BaseException:
+    except BaseException as e:
         status = 1
-        traceback.print_exc()
+        if isinstance(e, RuntimeError) and "out of memory" in str(e):  # of a GPU
+            told = ". ".join(str(e).splitlines()[0].split(". ")[:2])  # the second has the size
+            remedy = "give a smaller --batch-size or --crop-size, in evaluation --eval-mode slide"
+            print(f"{who}error: {told}; free the GPU, or {remedy}", file=sys.stderr)
+        else:
+            traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

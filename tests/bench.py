@@ -145,7 +145,7 @@ def start(method: str, opts: argparse.Namespace, *more: str) -> common.Run:
     flags += f" --iters {ITERS} --crop-size {opts.crop_size} --batch-size {opts.batch_size}"
     pair = f" --senior {opts.backbone} --junior {opts.junior}"
     flags += pair if method == "segkc" else f" --backbone {opts.backbone}"
-    flags += " --teacher-mode train" * (method == "mkd")  # the default but on shapes
+    flags += " --teacher-mode train --fa all" * (method == "mkd")  # the default but on shapes
     flags += f" --amp {opts.amp}" if opts.amp else ""
     with contextlib.redirect_stdout(io.StringIO()):
         return common.Run(MODULES[method].parse_args([*flags.split(), *more]))
@@ -442,7 +442,7 @@ def main() -> None:
     if opts.peak:
         peak_child(opts)
         return
-    amp = opts.amp or ("bf16" if CUDA and torch.cuda.is_bf16_supported() else "off")
+    amp = opts.amp or ("bf16" if CUDA and torch.cuda.is_bf16_supported(False) else "off")
     print(f"{machine()}, amp {amp}; {opts.backbone}, crop {opts.crop_size},", end=" ")
     print(f"batch {opts.batch_size} + {opts.batch_size}, median of {opts.steps}\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:

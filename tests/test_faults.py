@@ -533,7 +533,7 @@ def test_out_of_gpu_memory(root, tmp_path):
     out, text = tmp_path / "out", tmp_path / "text"
     p = procs.start("speed", procs.flags("speed", root, out), text, first=out_of_memory)
     assert procs.finish(p) == 1
-    told = "error: CUDA out of memory. Tried to allocate 2.00 GiB; give a smaller --batch-size"
+    told = "error: CUDA out of memory. Tried to allocate 2.00 GiB; free the GPU, or give a smaller"
     assert one_line(text).startswith(told)
     assert load_checkpoint(out / "latest.pt")["step"] == 2
 
