@@ -832,7 +832,7 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except (InputError, RunError) as e:
         status = 2 if isinstance(e, InputError) else 1
-        # without a group all ranks see the same input
+        # without a group all ranks see the same bad input; a GPU may be missing to one alone
         if rank == 0 or dist.is_initialized() or status == 1:
             print(f"{who}error: {e}", file=sys.stderr)
         else:

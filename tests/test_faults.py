@@ -538,6 +538,27 @@ def test_out_of_gpu_memory(root, tmp_path):
     assert load_checkpoint(out / "latest.pt")["step"] == 2
 
 
+def no_room_for_the_checkpoint() -> None:
+    """The optimizer's state does not fit on the GPU."""
+
+    def load_state_dict(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has")
+
+    torch.optim.Optimizer.load_state_dict = load_state_dict
+
+
+def test_out_of_gpu_memory_in_resume(root, half, tmp_path):
+    """Guards: a run called another script's, with the advice to throw it away."""
+    out, text = tmp_path / "out", tmp_path / "text"
+    shutil.copytree(half, out)
+    before = (out / "latest.pt").read_bytes()
+    argv = procs.flags("speed", root, out)
+    p = procs.start("speed", argv, text, first=no_room_for_the_checkpoint)
+    assert procs.finish(p) == 1
+    assert one_line(text).startswith("error: CUDA out of memory. Tried to allocate 1.00 GiB; free")
+    assert (out / "latest.pt").read_bytes() == before
+
+
 # --------------------------------------------------------------------------- numbers that are none
 
 

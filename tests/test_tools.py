@@ -96,6 +96,9 @@ def test_table_at_a_step(tmp_path):
     assert p.returncode == 1
     assert p.stdout == ""
     assert p.stderr.startswith("a-s0: not evaluated at step 15, left out\na-s1")
+    p = call(HERE / "table.py", tmp_path / "a-s0", "--at", 20, "--grid", tmp_path / "g.png")
+    assert p.returncode == 2
+    assert "--grid draws best.pt" in p.stderr
 
 
 @pytest.mark.parametrize("script", ["speed", "mkd", "segkc"])
