@@ -1,24 +1,30 @@
-"""What the methods share and no paper is about: flags, process group, evaluation, runs.
+"""What the methods share and no paper is about: networks, weights, ranks, evaluation, run folder.
 
+State-dict keys and shapes of a backbone are those of its published file (torchvision's, DINOv2's).
 Dimension key: B images, C classes, H and W pixels, h and w cells of a feature map.
 """
 
 import argparse
 import contextlib
-import fcntl
-import functools
+import hashlib
 import itertools
 import json
 import math
 import os
-import resource
+import platform
+import shlex
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
+import urllib.error
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,96 +32,409 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.segmentation.deeplabv3 import ASPP
 from tqdm import tqdm
 
 import data
 from data import COUNT, POSITIVE, SHARE, STEPS, WEIGHT, InputError
-from networks import BACKBONES, Segmenter, build_network, load_checkpoint, upsample
 
-# --------------------------------------------------------------------------- flags
+CNNS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
+DINOV2 = {"dinov2_vits14": (384, 6), "dinov2_vitb14": (768, 12)}  # width, attention heads
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}_pretrain.pth"
+BACKBONES = (*CNNS, *DINOV2)
+
+# ------------------------------------------------------------------------------- CNN backbones
 
 
-def make_parser(script: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all scripts share; a script adds its own and calls `parse`.
+class CNN(nn.Sequential):
+    """torchvision's backbone as a row of its own stages: its state-dict keys are torchvision's.
 
-    The name of the file `script` is the method's, so that a copy of it has runs of its own.
+    forward: image [B, 3, H, W] to the stride-4 map and the last map (stride 16 or 8).
     """
-    formatter, flag = argparse.ArgumentDefaultsHelpFormatter, argparse.BooleanOptionalAction
-    p = argparse.ArgumentParser(description=description, formatter_class=formatter)
-    p.set_defaults(method=Path(script).stem)
-    a = p.add_argument_group("data").add_argument
-    data.add_flags(a)
-    a("--crop-size", type=STEPS, help="side of the square training crop, pixels")
-    a("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="random scale in training")
-    a("--batch-size", type=STEPS, help="labelled images a step, all ranks; as many unlabelled")
-    a("--workers", type=COUNT, help="loader processes a rank; unset: 4, for shapes 0")
-    a = p.add_argument_group("network").add_argument
-    a("--backbone", choices=BACKBONES, help="encoder")
-    a("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
-    a("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: for DINOv2 alone")
-    a("--output-stride", type=int, choices=(8, 16), default=16, help="of a CNN backbone, pixels")
-    a = p.add_argument_group("optimisation").add_argument
-    a("--epochs", type=STEPS, help="passes over the unlabelled images")
-    a("--iters", type=STEPS, help="steps; overrides --epochs")
-    a("--optimizer", choices=("sgd", "adamw"), help="SGD has momentum 0.9")
-    a("--lr", type=POSITIVE, help="backbone's learning rate at step 0; falls as (1 - t/T)^0.9")
-    a("--head-lr-mult", type=POSITIVE, help="all but the backbone learns this many times faster")
-    a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
-    a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
-    a("--ohem-least", type=STEPS, default=200_000, help="pixels of a batch that OHEM always keeps")
-    a("--threshold", type=SHARE, help="tau: confidence a label needs, 0 to 1; MKD: of L_st")
-    a("--ramp", type=SHARE, help="share of the run in which unlabelled terms grow from 0 to full")
-    a("--labeled-only", action=flag, default=False, help="the supervised baseline, same steps")
-    a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
-    a("--compile", action=flag, default=False, help="torch.compile the networks")
-    a("--seed", type=COUNT, default=0, help="of weights, batches and augmentation")
-    a = p.add_argument_group("evaluation and output").add_argument
-    a("--eval-mode", choices=("whole", "slide"), default="whole", help="slide: crop-size windows")
-    a("--eval-every", type=STEPS, help="steps; unset: once an epoch")
-    a("--save-every", type=STEPS, help="steps between checkpoints; unset: once an epoch")
-    a("--log-every", type=STEPS, default=20, help="steps that a train line averages over")
-    a("--tta", action=flag, default=False, help="evaluate with flips and scales 0.75, 1, 1.25")
-    a("--out", type=Path, help="unset: runs/<script>-<dataset>-<split>-s<seed>")
-    a("--resume", choices=("auto", "none"), default="auto", help="auto: go on from latest.pt")
-    a("--overwrite", action=flag, default=False, help="start anew over what --out holds")
-    a("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
-    a("--save-predictions", type=Path, metavar="DIR", help="PNGs, with --test-only")
-    return p
+
+    grid, patch = 16, 1  # evaluation pads images to multiples of grid, crops are multiples of patch
+
+    def __init__(self, name: str, output_stride: int) -> None:
+        net = getattr(models, name)(weights=None)
+        if name == "mobilenet_v2":  # without the last 1x1 to 1280 channels, a classifier's input
+            stages, self_low = list(net.features[:18].named_children()), "3"
+            stride_16, stride_32 = map(str, range(7, 14)), map(str, range(14, 18))
+            channels = (24, 320)
+        else:
+            stages, self_low = list(net.named_children())[:-2], "layer1"  # no pooling, classifier
+            stride_16, stride_32 = ["layer3"], ["layer4"]
+            channels = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
+        super().__init__(OrderedDict(stages))
+        self.low, self.channels = self_low, channels
+        for stride, names in ((16, stride_16), (32, stride_32)):
+            if stride > output_stride:
+                _dilate([self.get_submodule(n) for n in names], stride // output_stride)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        for name, stage in self.named_children():
+            x = stage(x)
+            if name == self.low:
+                low = x
+        return [low, x]
 
 
-def parse(
-    p: argparse.ArgumentParser, argv: list[str] | None, **method: dict[str, object]
-) -> argparse.Namespace:
-    """Parses in two goes: data set and backbone choose the presets that other flags default to.
+def _dilate(stages: list[nn.Module], dilation: int) -> None:
+    """Stages that would halve the resolution keep it: stride 1, 3x3 kernels spread by `dilation`.
 
-    `method` overrides presets by data set name or "all", e.g. `all=dict(threshold=0.0)`.
+    The convolution that had the stride keeps the spread before it, as in torchvision's ResNets.
     """
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--root", type=Path, default=data.ROOT)
-    first.add_argument("--test-only", type=Path)
-    for name in ("--dataset", "--backbone", "--senior", "--junior"):
-        first.add_argument(name, default="")
-    known = first.parse_known_args(argv)[0]
-    saved = load_checkpoint(known.test_only) if known.test_only else {}
-    if known.test_only and not known.dataset:
-        known.dataset = saved.get("dataset")
-        if known.dataset not in tuple(data.PRESETS):
-            raise InputError(f"{known.test_only}: names no data set of ours; give --dataset too")
-    dataset = data.find_dataset(known.dataset, known.root)
-    if dataset in data.PRESETS:  # else the second go says so
-        vit = any(b.startswith("dinov2") for b in (known.backbone, known.senior, known.junior))
-        preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
-        rate = {"lr": preset["lr"]} if vit else {}  # a script's own is for CNNs
-        preset |= method.get("all", {}) | method.get(dataset, {}) | rate
-        if isinstance(saved.get("eval"), dict):  # as best.pt was evaluated
-            # as text, so that argparse checks it like a flag
-            preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode")}
-            preset["tta"] = saved["eval"].get("tta") is True
-        p.set_defaults(dataset=dataset, **preset)
-    return p.parse_args(argv)
+    for conv in (m for stage in stages for m in stage.modules() if isinstance(m, nn.Conv2d)):
+        spread = dilation // 2 if conv.stride == (2, 2) else dilation
+        conv.stride = (1, 1)
+        if conv.kernel_size == (3, 3):
+            conv.dilation = conv.padding = (spread, spread)
 
 
-# -------------------------------------------------------------------------- ranks and precision
+def _conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+# ------------------------------------------------------------------ DINOv2 (Oquab et al., 2023)
+
+PATCH, TABLE, DEPTH = 14, 37, 12  # pixels, the position table's side, blocks
+TAKEN = (2, 5, 8, 11)  # blocks whose maps are returned
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, width = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, width / heads]
+        return self.proj(x.transpose(1, 2).reshape(b, n, width))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + scale attention(norm x), then x + scale mlp(norm x)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn, self.mlp = Attention(width, heads), MLP(width)
+        self.ls1, self.ls2 = LayerScale(width), LayerScale(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, PATCH, PATCH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class DINOv2(nn.Module):
+    """Image [B, 3, H, W], H and W multiples of 14, to four maps [B, width, H/14, W/14]."""
+
+    grid = patch = PATCH
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        width, heads = DINOV2[name]
+        self.channels = (width,) * len(TAKEN)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TABLE**2, width))
+        # in the published file, used by DINOv2's own training alone
+        self.mask_token = nn.Parameter(torch.zeros(1, width), requires_grad=False)
+        self.patch_embed = PatchEmbed(width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(DEPTH))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        for weight in (
+            self.pos_embed,
+            *(m.weight for m in self.modules() if isinstance(m, nn.Linear)),
+        ):
+            nn.init.trunc_normal_(weight, std=0.02)
+        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.zeros_(linear.bias)
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """Positions of h x w patches, [1, 1 + h w, width]: bicubic but for the class token's."""
+        if (h, w) == (TABLE, TABLE):
+            return self.pos_embed
+        table = self.pos_embed[:, 1:].view(1, TABLE, TABLE, -1).permute(0, 3, 1, 2)
+        scale = (
+            (h + 0.1) / TABLE,
+            (w + 0.1) / TABLE,
+        )  # published so: the 0.1 keeps the size from rounding down
+        table = F.interpolate(table.float(), scale_factor=scale, mode="bicubic", antialias=False)
+        return torch.cat(
+            [self.pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], 1
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        h, w = (s // PATCH for s in x.shape[-2:])
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1) + self.positions(
+            h, w
+        )
+        maps = []
+        for k, block in enumerate(self.blocks):
+            x = block(x)
+            if k in TAKEN:
+                maps.append(self.norm(x)[:, 1:].transpose(1, 2).unflatten(2, (h, w)))
+        return maps
+
+
+# ---------------------------------------------------------------------- DPT (Ranftl et al., 2021)
+
+
+class ResidualConvUnit(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.conv1(x.relu()).relu())
+
+
+class Fusion(nn.Module):
+    """RefineNet-style: adds a refined skip, refines the sum, upsamples it, 1 x 1 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.skip, self.refine = ResidualConvUnit(width), ResidualConvUnit(width)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
+        x = x if skip is None else x + self.skip(skip)
+        x = F.interpolate(self.refine(x), size, mode="bilinear", align_corners=True)
+        return self.out(x)
+
+
+class DPTDecoder(nn.Module):
+    """Four maps [B, width, h, w] to a feature [B, 64, 8h, 8w], the input of the classifier."""
+
+    def __init__(
+        self, width: int, steps: tuple[int, ...] = (48, 96, 192, 384), features: int = 64
+    ) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(nn.Conv2d(width, s, 1) for s in steps)
+        self.resize = nn.ModuleList(
+            (
+                nn.ConvTranspose2d(steps[0], steps[0], 4, 4),
+                nn.ConvTranspose2d(steps[1], steps[1], 2, 2),
+                nn.Identity(),
+                nn.Conv2d(steps[3], steps[3], 3, 2, 1),
+            )
+        )
+        self.reduce = nn.ModuleList(nn.Conv2d(s, features, 3, padding=1, bias=False) for s in steps)
+        self.fuse = nn.ModuleList(Fusion(features) for _ in steps)
+        # the deepest fusion has no skip; the published design counts its unit, and so do we
+        self.fuse[3].skip.requires_grad_(False)
+        self.head = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.ReLU())
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        layers = zip(maps, self.project, self.resize, self.reduce, strict=True)
+        skips = [reduce(resize(project(m))) for m, project, resize, reduce in layers]
+        sizes = [
+            tuple(2 * s for s in skips[0].shape[-2:]),
+            *(tuple(s.shape[-2:]) for s in skips[:3]),
+        ]
+        x = self.fuse[3](skips[3], None, sizes[3])
+        for k in (2, 1, 0):
+            x = self.fuse[k](x, skips[k], sizes[k])
+        return self.head(x)
+
+
+# -------------------------------------------------------------------------- segmentation networks
+
+
+def upsample(z: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear with aligned corners, as the baselines: [B, C, h, w] to [B, C, *size] in float32."""
+    return F.interpolate(z.float(), size, mode="bilinear", align_corners=True)
+
+
+class Segmenter(nn.Module):
+    """A backbone, `decode`, and a 1x1 classifier; what is not the backbone is the head.
+
+    `config` is what `build_network` needs to build it again.
+    """
+
+    layout = torch.contiguous_format
+
+    def place(self, device: torch.device) -> "Segmenter":
+        """Moves the network to a device, in the memory layout that trains faster there.
+
+        That is channels_last, but not for full convolutions on a CPU: there the gradient of a
+        weight is made in the plain layout, and copying 10 to 60 million of them back costs more.
+        """
+        depthwise = any(m.groups > 1 for m in self.modules() if isinstance(m, nn.Conv2d))
+        if device.type == "cuda" or depthwise:
+            self.layout = torch.channels_last
+        return self.to(device, memory_format=self.layout)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image [B, 3, H, W] to logits z [B, C, h, w], the classifier's input f, the last map."""
+        maps = self.backbone(x.contiguous(memory_format=self.layout))
+        f = self.decode(maps)
+        return self.classifier(f), f, maps[-1]
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Logits [B, C, H, W] at input size, float32; with `features` also f and the last map."""
+        z, f, deep = self.parts(x)
+        z = upsample(z, x.shape[-2:])
+        return (z, f, deep) if features else z
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Every trained parameter that is not the backbone's."""
+        named = self.named_parameters()
+        return [p for n, p in named if not n.startswith("backbone.") and p.requires_grad]
+
+
+class DeepLabV3Plus(Segmenter):
+    """DeepLabV3+ (Chen et al., 2018): ASPP, 48 low-level channels, two 3x3 convolutions.
+
+    f is [B, 256, h, w] at stride 4, on DINOv2's patches 14. ASPP is torchvision's without its
+    dropout: a forward has no randomness of its own.
+    """
+
+    def __init__(self, backbone: str, num_classes: int, output_stride: int = 16) -> None:
+        super().__init__()
+        self.config = dict(backbone=backbone, num_classes=num_classes, output_stride=output_stride)
+        vit = backbone in DINOV2
+        self.backbone = DINOv2(backbone) if vit else CNN(backbone, output_stride)
+        low, deep = self.backbone.channels[0], self.backbone.channels[-1]
+        dilation = 1 if vit else 16 // output_stride
+        self.aspp = ASPP(deep, [r * dilation for r in (6, 12, 18)], 256)
+        self.aspp.project = self.aspp.project[:3]
+        self.reduce = _conv_bn_relu(low, 48, 1)
+        self.fuse = nn.Sequential(_conv_bn_relu(256 + 48, 256, 3), _conv_bn_relu(256, 256, 3))
+        self.classifier = nn.Conv2d(256, num_classes, 1)
+
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        low = self.reduce(maps[0])
+        deep = upsample(self.aspp(maps[-1]), low.shape[-2:]).to(low.dtype)
+        return self.fuse(torch.cat([deep, low], 1))
+
+
+class DPT(Segmenter):
+    """DINOv2 with the DPT decoder; f is [B, 64, 8h, 8w] for h x w patches."""
+
+    def __init__(self, backbone: str, num_classes: int) -> None:
+        super().__init__()
+        self.config = dict(backbone=backbone, num_classes=num_classes, decoder="dpt")
+        self.backbone = DINOv2(backbone)
+        self.decode = DPTDecoder(self.backbone.channels[-1])
+        self.classifier = nn.Conv2d(64, num_classes, 1)
+
+
+def build_network(
+    backbone: str, num_classes: int, output_stride: int = 16, decoder: str = "deeplab"
+) -> Segmenter:
+    """The network of --backbone, --output-stride and --decoder, or of a best.pt's `config`."""
+    if backbone not in BACKBONES:
+        raise InputError(f"backbone {backbone!r}: unknown; one of {', '.join(BACKBONES)}")
+    if decoder == "deeplab":
+        return DeepLabV3Plus(backbone, num_classes, output_stride)
+    if backbone not in DINOV2:
+        raise InputError(f"--decoder dpt: needs a DINOv2 backbone, not {backbone}; use deeplab")
+    return DPT(backbone, num_classes)
+
+
+# ------------------------------------------------------------------------------------- weights
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A dict of tensors and plain values, never code; InputError on anything else."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # noqa: BLE001 - the readers raise all kinds on broken bytes
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
+        raise InputError(f"{path}: no loadable checkpoint ({reason}); give another file") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds a {type(found).__name__}, no state dict; give another")
+    return found
+
+
+def load_weights(net: Segmenter, name: str, weights: str) -> str:
+    """Loads backbone weights: imagenet, none, or a file. Returns a line that counts the keys.
+
+    Looks through a wrapping {"net": ...} and the prefixes module., backbone., features.; leaves
+    classifier keys aside. InputError when a backbone key is missing or of another shape.
+    """
+    if weights == "none":
+        return f"{name}: random weights"
+    fetched = weights == "imagenet"
+    state = _download_weights(name) if fetched else load_checkpoint(Path(weights))
+    for wrap in ("state_dict", "model", "net"):
+        state = state[wrap] if isinstance(state.get(wrap), dict) else state
+    state = {k: v for k, v in state.items() if isinstance(k, str)}
+    for prefix in ("module.", "backbone.", "features."):
+        if any(k.startswith(prefix) for k in state):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    own = net.backbone.state_dict()
+    same = {k: v for k, v in state.items() if k in own and getattr(v, "shape", 0) == own[k].shape}
+    missing = [k for k in own if k not in same and not k.endswith("num_batches_tracked")]
+    others = [k for k in state if k not in own]
+    line = f"{name}: weights {weights}: {len(same)} keys matched, {len(missing)} missing"
+    line += f", {len(others)} unexpected"
+    stages = {key.split(".")[0] for key in own}
+    # a classifier's have other first names, and none is a bare tensor like a ViT's register_tokens
+    wrong = missing + [k for k in others if "." not in k or k.split(".")[0] in stages]
+    if wrong:
+        k = wrong[0]
+        shapes = [tuple(getattr(v[k], "shape", ())) for v in (state, own) if k in v]
+        what = f"has shapes {shapes}" if len(shapes) == 2 else f"is only in one of them, {shapes}"
+        raise InputError(f"{line}; {k} {what}: another architecture; give a file of {name}")
+    net.backbone.load_state_dict(same, strict=False)
+    return line
+
+
+def _download_weights(name: str) -> dict:
+    """torch.hub caches the file; one process of a machine fetches it, the others then find it."""
+    ranks = dist.is_initialized()
+    first = not ranks or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        dist.barrier()
+    try:
+        if name in DINOV2:
+            url = DINOV2_URL.format(name)
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        return models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=first)
+    except (urllib.error.URLError, OSError, RuntimeError) as e:
+        raise InputError(
+            f"--weights imagenet: {name} cannot be fetched ({e}); give a FILE or none"
+        ) from None
+    finally:
+        if first and ranks:
+            dist.barrier()
+
+
+# --------------------------------------------------------------------------- ranks and losses
 
 
 def rank_world() -> tuple[int, int]:
@@ -125,46 +444,24 @@ def rank_world() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start_process(args: argparse.Namespace) -> torch.device:
-    """Joins torchrun's process group if there is one; settles --amp and --workers, seeds torch."""
-    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(f"cuda:{local}" if cuda else "cpu")
-    if cuda:
-        if local >= (count := torch.cuda.device_count()):  # not for a rank that is shown its own
-            what = f"LOCAL_RANK {local}: no such GPU, this process sees {count}"
-            remedy = "give a lower --nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks"
-            raise RunError(f"{what}; {remedy}")
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ and not dist.is_initialized():
-        # gloo beside nccl carries the vote on signals, which must not wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        limit, (rank, world) = timedelta(minutes=10), rank_world()
-        # torchrun's store outlives a restart: without a prefix, gloo reads dead ranks' addresses
-        store = next(dist.rendezvous("env://", timeout=limit))[0]
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt {attempt}", store)
-        dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
-    if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        args.workers = 0 if args.dataset == "shapes" else min(4, cores)
-    if args.amp is None:
-        args.amp = "bf16" if cuda and torch.cuda.is_bf16_supported(False) else "off"
-    torch.manual_seed(args.seed)
+def pick_device(local: int) -> torch.device:
+    """The GPU of local rank `local`, or the CPU where there is none; RunError for a missing GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local >= count:
+        what = f"LOCAL_RANK {local}: no such GPU, this process sees {count}"
+        remedy = "give a lower --nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks"
+        raise RunError(f"{what}; {remedy}")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
     return device
 
 
-def end_process() -> None:
-    """Leaves the process group, after the slowest rank."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """The precision of forward passes; losses, softmax and EMA stay outside, in float32."""
-    dtype = torch.bfloat16 if amp == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype, enabled=amp != "off")
+def amp_dtype(amp: str) -> torch.dtype:
+    """The dtype of --amp."""
+    return torch.float16 if amp == "fp16" else torch.bfloat16
 
 
 def rank_sum(t: Tensor) -> Tensor:
@@ -234,42 +531,34 @@ def supervised_loss(
 
 
 @torch.no_grad()
-def predict(net: Segmenter, image: Tensor, args: argparse.Namespace) -> Tensor:
+def predict(net: Segmenter, image: Tensor, settings: argparse.Namespace) -> Tensor:
     """Scores [B, C, H, W] whose argmax is the prediction; image [B, 3, H, W] on the net's grid.
 
-    Whole image: logits. Sliding windows: mean softmax. --tta: softmax summed over flips, scales.
+    Whole image: logits. eval_mode "slide": mean softmax of windows of crop_size, 2/3 of it apart,
+    the last one shifted inside. Precision is by settings.amp.
     """
-    slide = args.eval_mode == "slide"
-    if not args.tta:
-        return _slide(net, image, args.crop_size) if slide else net(image)
-    total, grid = 0, net.backbone.grid
-    for scale in (0.75, 1.0, 1.25):
-        size = [max(1, round(s * scale / grid)) * grid for s in image.shape[-2:]]
-        scaled = F.interpolate(image, size, mode="bilinear", align_corners=False)
-        for flips in ([], [-1]):
-            view = scaled.flip(flips)
-            p = _slide(net, view, args.crop_size) if slide else net(view).softmax(1)
-            total = total + upsample(p.flip(flips), image.shape[-2:])
-    return total
+    amp = settings.amp
+    with torch.autocast(image.device.type, amp_dtype(amp), enabled=amp != "off"):
+        if settings.eval_mode == "whole":
+            return net(image)
+        height, width = image.shape[-2:]
+        crop = settings.crop_size
+        image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
+        tops = _window_starts(image.shape[-2], crop)
+        lefts = _window_starts(image.shape[-1], crop)
+        total = image.new_zeros(len(image), net.config["num_classes"], *image.shape[-2:])
+        count = image.new_zeros(image.shape[-2:])
+        for top, left in itertools.product(tops, lefts):
+            rows = slice(top, top + crop)
+            columns = slice(left, left + crop)
+            total[:, :, rows, columns] += net(image[:, :, rows, columns]).softmax(1)
+            count[rows, columns] += 1
+        return (total / count)[:, :, :height, :width]
 
 
-def _slide(net: Segmenter, image: Tensor, crop: int) -> Tensor:
-    """Mean softmax of windows of the crop size, 2/3 of it apart, the last shifted inside."""
-    height, width = image.shape[-2:]
-    image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
+def _window_starts(size: int, crop: int) -> list[int]:
     stride = crop * 2 // 3
-    tops, lefts = (
-        [min(i * stride, n - crop) for i in range(math.ceil((n - crop) / stride) + 1)]
-        for n in image.shape[-2:]
-    )
-    total, count = None, image.new_zeros(image.shape[-2:])
-    for top, left in itertools.product(tops, lefts):
-        rows, columns = slice(top, top + crop), slice(left, left + crop)
-        p = net(image[:, :, rows, columns]).softmax(1)
-        total = p.new_zeros(*p.shape[:2], *image.shape[-2:]) if total is None else total
-        total[:, :, rows, columns] += p
-        count[rows, columns] += 1
-    return (total / count)[:, :, :height, :width]
+    return [min(i * stride, size - crop) for i in range(math.ceil((size - crop) / stride) + 1)]
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -289,66 +578,261 @@ def iou_of(confusion: Tensor) -> tuple[float, list[float | None]]:
 
 @torch.no_grad()
 def evaluate(
-    nets: dict[str, Segmenter],
-    split: data.Source | data.Split,
-    args: argparse.Namespace,
-    device: torch.device,
-    write: Callable[[dict, Tensor], None] | None = None,
+    nets: dict[str, Segmenter], split: data.Split, args: argparse.Namespace, device: torch.device
 ) -> dict[str, Tensor]:
     """Confusion matrices [C, C] of networks over the val images, each once over all ranks.
 
     Batches are made of the whole set, then dealt to the ranks: as their content does not depend
     on the number of ranks, neither does rounding. Each network sees images padded to its own grid,
-    so that its score does not depend on its partners. `write` gets the first one's predictions.
+    so that its score does not depend on its partners.
     """
-    (rank, world), classes = rank_world(), len(split.classes)
-    first = next(iter(nets.values()))
+    rank, world = rank_world()
+    classes = len(split.classes)
     total = {n: torch.zeros(classes, classes, dtype=torch.int64, device=device) for n in nets}
-    tuning, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # sizes vary
+    tuning = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # it would tune anew for each size
     modes = {net: net.training for net in nets.values()}
-    for grid in dict.fromkeys(net.backbone.grid for net in nets.values()):
+    for grid in {net.backbone.grid for net in nets.values()}:
         alike = {name: net.eval() for name, net in nets.items() if net.backbone.grid == grid}
         batches = data.ValBatches(split.val, classes, grid)
         for batch in data.val_batches(batches, rank, world, args.workers, device):
             for name, net in alike.items():
-                with autocast(args.amp, device):
-                    prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
+                prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
                 total[name] += confusion_matrix(prediction, batch["label"], classes)
-                if write and net is first:
-                    write(batch, prediction)
     for net, mode in modes.items():
         net.train(mode)
     torch.backends.cudnn.benchmark = tuning
     return {name: rank_sum(t) for name, t in total.items()}
 
 
-def picture(image: Tensor, *labels: Tensor) -> np.ndarray:
-    """A normalised image [3, H, W] and class maps [H, W], side by side as [H, n W, 3] uint8."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
-    rgb = ((image.cpu() * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0)
-    colors = [data.palette()[m.cpu().numpy()] for m in labels]
-    return np.concatenate([rgb.numpy(), *colors], 1)
+@torch.no_grad()
+def predict_image(net: Segmenter, image: Image.Image, settings: argparse.Namespace) -> np.ndarray:
+    """Class ids [H, W] uint8 of a PIL image by a network in eval mode, padded as in evaluation."""
+    height, width = data.ValBatches([], 1, net.backbone.grid).padded(image.size)
+    padded = Image.new("RGB", (width, height), data.FILL)
+    padded.paste(image.convert("RGB"))
+    x = torch.from_numpy(np.array(padded)).to(next(net.parameters()).device)  # [H, W, 3]
+    x = data.normalize(x[None].permute(0, 3, 1, 2).float() / 255)
+    label = predict(net, x, settings).argmax(1)[0, : image.height, : image.width]
+    return label.byte().cpu().numpy()
 
 
-def save_predictions(folder: Path) -> Callable[[dict, Tensor], None]:
-    """A `write` for `evaluate`: <id>.png holds class ids, <id>_overlay.png image and colours."""
+def save_prediction(image: Image.Image, label: np.ndarray, folder: Path, name: str) -> None:
+    """<name>.png holds class ids [H, W], <name>_overlay.png the RGB image under their colours."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(label).save(folder / f"{name}.png")
+        colors = Image.fromarray(data.palette()[label])
+        Image.blend(image, colors, 0.5).save(folder / f"{name}_overlay.png")
     except OSError as e:
-        raise InputError(f"{folder}: cannot be made ({e.strerror}); give another folder") from None
+        raise RunError(f"{folder}: cannot be written ({e.strerror}); free space") from None
 
-    def write(batch: dict, prediction: Tensor) -> None:
-        fields = (batch[k] for k in ("image", "size", "id"))
-        for label, image, (h, w), name in zip(prediction, *fields, strict=True):
-            two = picture(image[:, :h, :w], label[:h, :w])
-            rgb, colors = Image.fromarray(two[:, :w]), Image.fromarray(two[:, w:])
-            try:
-                Image.fromarray(label[:h, :w].byte().cpu().numpy()).save(folder / f"{name}.png")
-                Image.blend(rgb, colors, 0.5).save(folder / f"{name}_overlay.png")
-            except OSError as e:
-                raise RunError(f"{folder}: cannot be written ({e.strerror}); free space") from None
 
-    return write
+def load_best(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[Segmenter, list[str], argparse.Namespace]:
+    """The network of a best.pt in eval mode, its class names, and the settings of its evaluation.
+
+    InputError for any other file.
+    """
+    saved = load_checkpoint(Path(path))
+    try:
+        net = build_network(**saved["config"])
+        net.load_state_dict(saved["net"])
+        settings = argparse.Namespace(**saved["eval"])
+        classes = list(saved["classes"])
+    except (InputError, AttributeError, KeyError, RuntimeError, TypeError) as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(f"{path}: no best.pt of ours ({reason}); give one") from None
+    return net.place(torch.device(device)).eval(), classes, settings
+
+
+def test(args: argparse.Namespace, device: torch.device) -> None:
+    """--test-only: the val images of --dataset, or --predict; on rank 0, an image a forward."""
+    net, classes, _ = load_best(args.test_only, device)
+    check_crop(net, args.crop_size)
+    if rank_world()[0] > 0:
+        return
+    if args.predict:
+        predict_pictures(net, args)
+        return
+    source = data.load_source(args.dataset, args.root)
+    if classes != source.classes:
+        counts = f"its {len(classes)} classes are not the {len(source.classes)} of {args.dataset}"
+        raise InputError(f"{args.test_only}: {counts}; evaluate it on its own data set")
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    for item in tqdm(source.val, unit="image", disable=None):
+        image = data.read_image(item)
+        truth = torch.from_numpy(np.array(data.read_mask(item, image.size, len(classes))))
+        label = predict_image(net, image, args)
+        confusion += confusion_matrix(torch.from_numpy(label), truth.long(), len(classes))
+        if args.save_predictions:
+            save_prediction(image, label, args.save_predictions, item.id)
+    miou, iou = iou_of(confusion)
+    for name, value in zip(classes, iou, strict=True):
+        print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
+    how = f"{net.config['backbone']}, {args.eval_mode}, amp {args.amp}"
+    print(f"mIoU {miou:.2f} on {len(source.val)} images · {how} · {args.test_only}")
+
+
+def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
+    """--predict: class ids and an overlay of a picture, or of each in a folder, upright.
+
+    Names that clash are an InputError; an unreadable picture is named, the exit status then is 1.
+    """
+    pictures = [args.predict]
+    if args.predict.is_dir():
+        pictures = sorted(p for p in args.predict.iterdir() if p.is_file())
+    if not pictures or not pictures[0].exists():
+        raise InputError(f"--predict {args.predict}: no picture there; give a file or a folder")
+    folder = args.save_predictions
+    if folder.resolve() == pictures[0].parent.resolve():
+        raise InputError(f"--save-predictions {folder}: holds the pictures; give another folder")
+    taken: dict[str, Path] = {}
+    for path in pictures:
+        for name in (path.stem, f"{path.stem}_overlay"):
+            if name in taken:
+                both = f"{taken[name].name} and {path.name} would both be {name}.png"
+                raise InputError(f"{path.parent}: {both}; rename one")
+            taken[name] = path
+    unreadable = 0
+    for path in tqdm(pictures, unit="picture", disable=None):
+        try:
+            image = data.open_picture(path)
+        except InputError as e:
+            print(f"error: {e}", file=sys.stderr)
+            unreadable += 1
+            continue
+        save_prediction(image, predict_image(net, image, args), folder, path.stem)
+    print(f"{folder}: {len(pictures) - unreadable} pictures predicted, {unreadable} unreadable")
+    if unreadable:
+        raise SystemExit(1)
+
+
+# --------------------------------------------------------------------------------------- flags
+
+# flags that the parts of a resumed run need not share, as they do not change its result
+FREE = ("out", "root", "workers", "save_every", "overwrite", "resume_edited")
+
+
+def make_parser(script: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that all scripts share; a script adds its own and calls `parse`.
+
+    The name of the file `script` is the method's, so that a copy of it has runs of its own.
+    """
+    sources = [Path(f).read_bytes() for f in (script, __file__, data.__file__)]
+    digest = hashlib.sha256(b"".join(sources)).hexdigest()[:12]
+    p = argparse.ArgumentParser(description=description)
+    p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    p.set_defaults(method=Path(script).stem, sources=digest, labeled_only=False)
+    a = p.add_argument_group("data").add_argument
+    data.add_flags(a)
+    a("--crop-size", type=STEPS, help="side of the square training crop, pixels")
+    a("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="random scale in training")
+    a("--batch-size", type=STEPS, help="labelled images a step, all ranks; as many unlabelled")
+    a("--workers", type=COUNT, help="loader processes a rank; unset: 4, for shapes 0")
+    a = p.add_argument_group("network").add_argument
+    a("--backbone", choices=BACKBONES, help="encoder")
+    a("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
+    a("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: for DINOv2 alone")
+    a("--output-stride", type=int, choices=(8, 16), default=16, help="of a CNN backbone, pixels")
+    a = p.add_argument_group("optimisation").add_argument
+    a("--epochs", type=STEPS, help="passes over the unlabelled images")
+    a("--iters", type=STEPS, help="steps; overrides --epochs")
+    a("--optimizer", choices=("sgd", "adamw"), help="SGD has momentum 0.9")
+    a("--lr", type=POSITIVE, help="backbone's learning rate at step 0; falls as (1 - t/T)^0.9")
+    a("--head-lr-mult", type=POSITIVE, help="all but the backbone learns this many times faster")
+    a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
+    a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
+    a("--ohem-least", type=STEPS, default=200_000, help="pixels of a batch that OHEM always keeps")
+    a("--threshold", type=SHARE, help="tau: pseudo-label confidence threshold, 0 to 1")
+    a("--ramp", type=SHARE, help="share of the run in which unlabelled terms grow from 0 to full")
+    a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
+    a("--compile", action="store_true", help="torch.compile the networks")
+    a("--seed", type=COUNT, default=0, help="of weights, batches and augmentation")
+    a = p.add_argument_group("evaluation and output").add_argument
+    a("--eval-mode", choices=("whole", "slide"), default="whole", help="slide: crop-size windows")
+    a("--eval-every", type=STEPS, help="steps between evaluations; unset: once an epoch")
+    a("--save-every", type=STEPS, help="steps between saves, besides those before evaluations")
+    a("--log-every", type=STEPS, default=20, help="steps that a train line averages over")
+    a("--out", type=Path, help="unset: runs/<script>-<dataset>-<split>-s<seed>")
+    a("--overwrite", action="store_true", help="start anew over what --out holds")
+    a("--resume-edited", action="store_true", help="go on with a run that other sources began")
+    a("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
+    a("--predict", type=Path, metavar="PICTURES", help="a picture or a folder, with --test-only")
+    a("--save-predictions", type=Path, metavar="DIR", help="PNGs, with --test-only")
+    return p
+
+
+def parse(
+    p: argparse.ArgumentParser, argv: list[str] | None, **method: dict[str, object]
+) -> argparse.Namespace:
+    """Parses in two goes: data set and backbone choose the presets that other flags default to.
+
+    `method` overrides presets by data set name or "all", e.g. `all=dict(threshold=0.0)`.
+    """
+    first = p.parse_known_args(argv)[0]
+    saved = load_checkpoint(first.test_only) if first.test_only else {}
+    name = first.dataset or saved.get("dataset")
+    if first.test_only and name not in tuple(data.PRESETS):
+        raise InputError(f"{first.test_only}: names no data set of ours; give --dataset too")
+    dataset = data.find_dataset(name, first.root)
+    preset = data.PRESETS[dataset] | method.get("all", {}) | method.get(dataset, {})
+    backbones = (first.backbone, vars(first).get("senior"))
+    if any(b and b.startswith("dinov2") for b in backbones):
+        preset |= data.DINOV2_PRESETS[dataset]
+    if isinstance(saved.get("eval"), dict):  # --test-only: as best.pt was evaluated, unless told
+        # as text, which argparse checks like a flag
+        preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode", "amp")}
+    p.set_defaults(dataset=dataset, **preset)
+    args = p.parse_args(argv)
+    if args.save_predictions and not args.test_only:
+        raise InputError("--save-predictions: goes with --test-only CKPT")
+    if args.predict and not args.save_predictions:
+        raise InputError("--predict: goes with --test-only CKPT --save-predictions DIR")
+    if dataset == "shapes" and not name:
+        fetch = f"python data.py --dataset pascal --root {args.root} --download"
+        say(f"NOTE: no PASCAL VOC 2012 under {args.root}: this run uses the built-in shapes")
+        say(f"NOTE: to train on VOC, first run: {fetch}")
+    return args
+
+
+def settle(args: argparse.Namespace, split: data.Split, world: int, device: torch.device) -> None:
+    """Fills the flags left open and refuses what cannot work; InputError names the flag."""
+    if args.batch_size % (2 * world):
+        why = f"on {world} ranks: each needs an even share, as CutMix pairs neighbours"
+        what = f"--batch-size {args.batch_size} {why}"
+        raise InputError(f"{what}; give a multiple of {2 * world}")
+    if args.scale[0] > args.scale[1]:
+        raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first")
+    if len(split.unlabeled) < 2 and not args.labeled_only:
+        left = f"leaves {len(split.unlabeled) or 'no'} unlabelled image, CutMix pairs two"
+        raise InputError(f"--split {args.split}: {left}; label fewer, or --labeled-only")
+    pixels = args.batch_size * args.crop_size**2
+    if args.sup_loss == "ohem" and args.ohem_least > pixels / 2:  # void, padding count not
+        batch = f"a batch of {args.batch_size} crops of {args.crop_size} ({pixels})"
+        why = f"--ohem-least {args.ohem_least}: over half of {batch}, so it is nearly CE"
+        raise InputError(f"{why}; lower it, to {max(1, pixels // 25)} for Cityscapes' share")
+    epoch = max(1, len(split.unlabeled or split.labeled) // args.batch_size)
+    args.iters = args.iters or args.epochs * epoch
+    args.eval_every = args.eval_every or epoch
+    args.save_every = args.save_every or args.eval_every
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        args.workers = 0 if args.dataset == "shapes" else min(4, cores)
+    if args.amp is None:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+        args.amp = "bf16" if bf16 else "off"
+    if args.out is None:
+        name = args.split.replace("/", "-")
+        if os.path.isdir(args.split):
+            name = Path(args.split).resolve().name
+        method = args.method + ("-labeled" if args.labeled_only else "")
+        where = "folder-" + args.root.resolve().name if args.dataset == "folder" else args.dataset
+        args.out = Path(f"runs/{method}-{where}-{name}-s{args.seed}")
+    if args.compile:
+        # a part in training, in eval and at each size share one cache, of 8 by default
+        torch._dynamo.config.cache_size_limit = 64
 
 
 def check_crop(net: Segmenter, crop: int) -> None:
@@ -359,449 +843,253 @@ def check_crop(net: Segmenter, crop: int) -> None:
         raise InputError(f"--crop-size {crop}: {needs}, e.g. {-(-max(crop, 32) // patch) * patch}")
 
 
-def test(args: argparse.Namespace) -> None:
-    """--test-only: evaluates the network of a best.pt on the val images of --dataset."""
-    device = start_process(args)
-    saved, source = load_checkpoint(args.test_only), data.load_source(args.dataset, args.root)
-    try:
-        net = build_network(**saved["config"])
-        net.load_state_dict(saved["net"])
-        classes = list(saved["classes"])
-    except (InputError, AttributeError, KeyError, RuntimeError, TypeError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(f"{args.test_only}: no best.pt of ours ({reason}); give one") from None
-    if classes != source.classes:
-        counts = f"its {len(classes)} classes are not the {len(source.classes)} of {args.dataset}"
-        raise InputError(f"{args.test_only}: {counts}; evaluate it on its own data set")
-    check_crop(net, args.crop_size)
-    net = net.place(device)
-    write = save_predictions(args.save_predictions) if args.save_predictions else None
-    miou, iou = iou_of(evaluate({"net": net}, source, args, device, write)["net"])
-    if rank_world()[0] == 0:
-        for name, value in zip(source.classes, iou, strict=True):
-            print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
-        how = args.eval_mode + " with flips and scales" * args.tta
-        how = f"{saved['config']['backbone']}, {how}, amp {args.amp}"
-        print(f"mIoU {miou:.2f} on {len(source.val)} images · {how} · {args.test_only}")
-    end_process()
-
-
-# ------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------ the run folder
 
 
 class RunError(Exception):
     """A run that cannot go on. The message is one line; what was saved stays as it is."""
 
 
-class Run:
-    """A run's process and folder: device, split, log, checkpoints. Nothing here is learnt."""
+def say(line: str) -> None:
+    """Prints a line on rank 0."""
+    if rank_world()[0] == 0:
+        print(line, flush=True)
 
-    # flags that the parts of a resumed run need not share, as they do not change its result
-    FREE = ("out", "root", "workers", "save_every", "resume", "overwrite")
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        """Joins the process group, reads the split, and settles the flags that depend on them."""
+def flags_of(args: argparse.Namespace, split: data.Split) -> dict:
+    """The flags that make a run what it is, and the hash of its lists, as plain values."""
+    flags = {k: v for k, v in vars(args).items() if k not in FREE}
+    return json.loads(json.dumps(flags | {"lists": split.hash}, default=str))
+
+
+def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]) -> int:
+    """Loads latest.pt of --out into `state`; returns the step to go on from, 0 in a new folder.
+
+    InputError if that run had other flags, lists or sources.
+    """
+    latest = args.out / "latest.pt"
+    # --overwrite is for the first attempt alone: torchrun's restarts go on
+    if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return 0
+    if not latest.exists():
+        if (args.out / "best.pt").exists() and not args.overwrite:
+            what = "holds a run's best.pt, but no latest.pt to go on from"
+            raise InputError(f"{args.out}: {what}; give another --out, or --overwrite")
+        return 0
+    saved = load_checkpoint(latest)
+    was = saved.get("flags")
+    if not isinstance(was, dict):
+        raise InputError(f"{latest}: no latest.pt of ours; give another --out, or --overwrite")
+    now = flags_of(args, split)
+    differ = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
+    edited = was.get("sources") != now["sources"]
+    if len(differ) > edited:
+        what = "; ".join(d for d in differ if not d.startswith("sources "))
+        what = f"holds a run with other flags ({what})"
+        raise InputError(f"{args.out}: {what}; give the same, another --out, or --overwrite")
+    if edited and not args.resume_edited:
+        what = f"holds a run begun before {args.method}.py, common.py or data.py was edited"
+        remedy = "give another --out, --overwrite, or --resume-edited to go on all the same"
+        raise InputError(f"{args.out}: {what}; {remedy}")
+    try:
+        for name, value in state.items():
+            value.load_state_dict(saved[name])
+        start = int(saved["step"])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # noqa: BLE001 - any, on values that only look like a checkpoint
+        reason = str(e).splitlines()[0][:120]
+        why = f"not of this script ({reason})"
+        raise InputError(f"{latest}: {why}; give another --out or --overwrite") from None
+    if start == args.iters:
+        say(f"{args.out}: finished before, no step is left; --overwrite starts anew")
+    else:
+        say(f"going on from {latest}, step {start}")
+    return start
+
+
+class Log:
+    """log.jsonl, args.json and TensorBoard of a run. Rank 0 writes; the other ranks agree."""
+
+    def __init__(self, args: argparse.Namespace, start: int) -> None:
+        """Takes over the lines up to step `start`; drops later ones, and files of an old run."""
         self.args = args
-        self.rank, self.world = rank_world()
-        share = args.batch_size // self.world
-        if args.batch_size % self.world or share % 2:
-            why = f"on {self.world} ranks: each needs an even share, as CutMix pairs neighbours"
-            what = f"--batch-size {args.batch_size} {why}"
-            raise InputError(f"{what}; give a multiple of {2 * self.world}")
-        if args.scale[0] > args.scale[1]:
-            raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first")
-        if args.save_predictions:
-            raise InputError("--save-predictions: goes with --test-only CKPT")
-        self.positions = range(self.rank * share, (self.rank + 1) * share)  # in the global batch
-        source = data.load_source(args.dataset, args.root)
-        self.split = data.make_split(source, args.split, args.split_seed, args.protocol)
-        if len(self.split.unlabeled) < 2 and not args.labeled_only:
-            left = f"leaves {len(self.split.unlabeled) or 'no'} unlabelled image, CutMix pairs two"
-            raise InputError(f"--split {args.split}: {left}; label fewer, or --labeled-only")
-        pixels = args.batch_size * args.crop_size**2
-        if args.sup_loss == "ohem" and args.ohem_least > pixels / 2:  # void, padding count not
-            batch = f"a batch of {args.batch_size} crops of {args.crop_size} ({pixels})"
-            why = f"--ohem-least {args.ohem_least}: over half of {batch}, so it is nearly CE"
-            raise InputError(f"{why}; lower it, to {max(1, pixels // 25)} for Cityscapes' share")
-        self.device = start_process(args)
-        self.autocast = functools.partial(autocast, args.amp, self.device)  # of forward passes
-        epoch = max(1, len(self.split.unlabeled or self.split.labeled) // args.batch_size)
-        args.iters = args.iters or args.epochs * epoch
-        args.eval_every, args.save_every = args.eval_every or epoch, args.save_every or epoch
-        folder = os.path.isdir(args.split)
-        name = Path(args.split).resolve().name if folder else args.split.replace("/", "-")
-        method = args.method + "-labeled" * args.labeled_only
-        where = "folder-" + args.root.resolve().name if args.dataset == "folder" else args.dataset
-        args.out = args.out or Path(f"runs/{method}-{where}-{name}-s{args.seed}")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
-        self.state = {"scaler": self.scaler}  # what a checkpoint holds; `resume` adds to it
-        self.rows, self.names = [], []  # train terms that no log line holds yet, on the device
-        self.best, self.best_step, self.last = -1.0, 0, -1.0
-        self.board = self.vote = None
-        self.signal = 0
-        self.kept = f"the last good checkpoint in {args.out} stays; try a lower --lr or"
-        self.say(self.split.line)
-
-    def say(self, line: str) -> None:
-        """Prints a line on rank 0, above the bar if there is one."""
-        if self.rank == 0:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-
-    def put(self, t: Tensor) -> Tensor:
-        """A tensor of the host on the device, without waiting for it."""
-        cuda = self.device.type == "cuda"
-        return (t.pin_memory() if cuda else t).to(self.device, non_blocking=True)
-
-    def place(self, net: Segmenter) -> Segmenter:
-        """Moves a network to the device; SyncBN over CUDA ranks; --compile."""
-        check_crop(net, self.args.crop_size)
-        if self.device.type == "cuda" and self.world > 1:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        net = net.place(self.device)
-        if self.args.compile:
-            # the parts, in training, eval and at each size, share one cache, of 8 by default;
-            # torch 2.6 has no newer name for its limit
-            torch._dynamo.config.cache_size_limit = 64
-            for part in net.children():  # not the whole: MKD calls `parts`, the others forward
-                part.compile()
-        return net
-
-    def distribute(self, net: nn.Module) -> nn.Module:
-        """DDP over the ranks, or the network itself without torchrun."""
-        if not dist.is_initialized():
-            return net
-        ids = [self.device] if self.device.type == "cuda" else None
-        ddp = nn.parallel.DistributedDataParallel
-        return ddp(net, device_ids=ids, gradient_as_bucket_view=True)
-
-    def optimizer(self, groups: list[dict]) -> torch.optim.Optimizer:
-        """SGD with momentum 0.9 or AdamW over the script's parameter groups."""
-        # on CPU a fused step would not skip what the scaler skips; None, not False: torch's choice
-        more = dict(weight_decay=self.args.weight_decay, fused=self.args.amp != "fp16" or None)
-        if self.args.optimizer == "adamw":
-            return torch.optim.AdamW(groups, **more)
-        return torch.optim.SGD(groups, momentum=0.9, **more)
-
-    def supervised(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
-        """The loss of --labeled-only: L = CE(model(x), y), or OHEM."""
-        with self.autocast():
-            z = model(data.normalize(batch["x"]))
-        return {"loss": supervised_loss(z, batch["y"], self.args.sup_loss, self.args.ohem_least)}
-
-    def update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """zero_grad, backward, step; the scaler does nothing unless --amp fp16."""
-        optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def set_lr(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """The polynomial schedule: lr (1 - t/T)^0.9 with t = `step` from 0."""
-        poly = (1 - step / self.args.iters) ** 0.9
-        self.lr = self.args.lr * poly
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * poly
-
-    def ramp(self, step: int) -> float:
-        """Weight of the unlabelled terms at `step`: linear from 0 to 1 over --ramp of the run."""
-        steps = self.args.ramp * self.args.iters
-        return min(1.0, step / max(1.0, steps)) if steps else 1.0
-
-    def batches(self, start: int) -> Iterator[dict]:
-        """This rank's share of the training batches from step `start` on, see data.TrainBatches."""
-        batches = data.TrainBatches(self.split, self.args, self.rank, self.world)
-        return data.train_batches(batches, start, self.args.workers, self.device)
-
-    # ---- start and resume
-
-    def resume(self, **state: object) -> int:
-        """Takes what a checkpoint shall hold; returns the step to go on from, 0 in a new folder.
-
-        Goes on from latest.pt in --out if its flags and lists agree with this run's.
-        """
-        self.state |= state
-        args, out, step, log_bytes, old = self.args, self.args.out, 0, 0, []
-        found = [out / n for n in ("latest.pt", "latest.prev.pt") if (out / n).exists()]
-        first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # else torchrun's restart
-        goes_on = bool(found) and not (args.overwrite and first)
-        held = (found or (out / "best.pt").exists()) and first and not args.overwrite
-        if held and (args.resume == "none" or not (found or self._stopped_early())):
-            what = "a run" if found else "a run's best.pt, but no latest.pt to go on from"
-            raise InputError(f"{out}: holds {what}; give another --out, or --overwrite")
-        if goes_on:
-            saved, old = self._load(found)
-            try:
-                for name, value in self.state.items():
-                    value.load_state_dict(saved[name])
-                self.names, self.rows = saved["names"], [r.to(self.device) for r in saved["rows"]]
-                self.best, self.best_step, self.last = saved["best"]
-                step, log_bytes = int(saved["step"]), int(saved["log_bytes"])
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as e:  # noqa: BLE001 - any, on values that only look like a checkpoint
-                reason = str(e).splitlines()[0][:120]
-                why = f"not of this script ({reason})"
-                raise InputError(f"{found[0]}: {why}; give another --out or --overwrite") from None
-        if step == args.iters:
-            self.say(f"{out}: finished before, no step is left; --overwrite starts anew")
+        self.rows: list[Tensor] = []  # terms that no line holds yet, [terms] each, on the device
+        self.board = None
+        self.path = args.out / "log.jsonl"
+        lines = []
+        if start > 0 and self.path.exists():
+            texts = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            for text in texts:
+                with contextlib.suppress(ValueError):  # a torn last line
+                    lines.append(json.loads(text))
+            lines = [line for line in lines if line["step"] <= start]
+        self.evals = {line["step"]: line["miou"] for line in lines if line["kind"] == "eval"}
         if dist.is_initialized():
-            dist.barrier()  # until every rank has read what rank 0 may now overwrite
-        self.since = step
-        if self.rank == 0:
-            rest = []
-            if not goes_on:
-                old, rest = found, [out / "best.pt"]
-                if args.overwrite:
-                    rest += [*out.glob("preview/[0-9]*.png"), *out.glob("events.out.tfevents.*")]
-            self._open_log(log_bytes, step, old, rest)
-        quiet = self.rank > 0 or None  # None: where stderr is no terminal
-        self.bar = tqdm(total=args.iters, initial=step, disable=quiet, unit="step")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: setattr(self, "signal", number))
+            dist.barrier()  # until every rank has read what rank 0 now writes over
+        if rank_world()[0] == 0:
+            try:
+                self._open(lines, start)
+            except OSError as e:
+                what = f"{args.out}: cannot be written ({e.strerror})"
+                raise RunError(f"{what}; give another --out") from None
+        self.since = start
         self.clock = time.perf_counter()
-        return step
+        _process.training = True
 
-    def _flags(self) -> dict:
-        flags = json.loads(json.dumps(vars(self.args), default=str))  # as args.json has them
-        return {k: v for k, v in flags.items() if k not in self.FREE} | {"lists": self.split.hash}
-
-    def _load(self, found: list[Path]) -> tuple[dict, list[Path]]:
-        """latest.pt, or the one before it where that cannot be read; InputError if flags differ.
-
-        Also the unreadable one, which the next save would keep in place of the good one.
-        """
-        broken = []
-        try:
-            saved, path = load_checkpoint(found[0]), found[0]
-        except InputError as e:
-            if len(found) == 1:
-                raise
-            self.say(f"{e}; going back to {found[1]}")
-            saved, path, broken = load_checkpoint(found[1]), found[1], found[:1]
-        was, now = saved.get("flags"), self._flags()
-        if not isinstance(was, dict):
-            raise InputError(f"{path}: no latest.pt of ours; give another --out, or --overwrite")
-        differ = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
-        if differ:
-            what = f"holds a run with other flags ({'; '.join(differ)})"
-            raise InputError(f"{path.parent}: {what}; give the same, another --out, or --overwrite")
-        self.say(f"going on from {path}, step {saved.get('step')}")
-        return saved, broken
-
-    def _stopped_early(self) -> bool:
-        """Whether the run in --out, without checkpoint, was killed before it had to save one."""
-        try:
-            was = json.loads((self.args.out / "args.json").read_text())
-            log = (self.args.out / "log.jsonl").read_text().splitlines()
-            done = json.loads(log[-1])["step"] if log else 0
-            return done <= min(was["save_every"], was["iters"] - 1)
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-
-    def _open_log(self, size: int, step: int, old: list[Path], rest: list[Path]) -> None:
-        """Makes the folder, without `old`, opens log.jsonl at byte `size`, then removes `rest`.
-
-        TensorBoard forgets what is after `step`.
-        """
+    def _open(self, lines: list[dict], start: int) -> None:
         out = self.args.out
-        try:
-            (out / "preview").mkdir(parents=True, exist_ok=True)
-            self.file = open(out / "log.jsonl", "ab", buffering=0)  # noqa: SIM115
-            self._lock()
-            for path in old:  # before the log, so that none goes on from a checkpoint without it
+        out.mkdir(parents=True, exist_ok=True)
+        if start == 0:  # latest.pt first: nothing then goes on from it without its log
+            for path in (out / "latest.pt", out / "best.pt", *out.glob("events.out.tfevents.*")):
                 path.unlink(missing_ok=True)
-            flags = json.dumps(vars(self.args), default=str, indent=1)
-            (out / "args.json").write_text(flags + "\n")
-            self.file.truncate(min(size, self.file.tell()))
-            for path in rest:
-                path.unlink(missing_ok=True)
-            self.file.seek(0, os.SEEK_END)
-        except OSError as e:
-            raise RunError(f"{out}: cannot be written ({e.strerror}); give another --out") from None
+        about = dict(command=shlex.join(sys.argv), torch=torch.__version__)
+        about["python"] = platform.python_version()
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            about["commit"] = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL)
+        text = json.dumps(vars(self.args) | about, default=str, indent=1)
+        (out / "args.json").write_text(text + "\n", encoding="utf-8")
+        kept = self.path.with_suffix(".tmp")
+        kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(kept, self.path)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(out, purge_step=step + 1)
+            self.board = SummaryWriter(out, purge_step=start + 1)
 
-    def _lock(self) -> None:
-        """Keeps log.jsonl, and so the folder, to this process (not its workers) till it ends."""
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            what = "another process is writing this run; wait, or give another --out"
-            raise InputError(f"{self.args.out}: {what}") from None
-        except OSError:  # a file system without locks
-            pass
+    def owes_evaluation(self, start: int) -> bool:
+        """Whether the run was killed after the save at step `start`, before its evaluation."""
+        due = start % self.args.eval_every == 0 or start == self.args.iters
+        return start > 0 and due and start not in self.evals
 
-    # ---- after a step
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Keeps a step's scalars, on the device, until a line is due."""
+        self.names = list(losses)
+        self.rows.append(torch.stack([v.detach().float() for v in losses.values()]))
 
-    def step_done(self, step: int, nets: dict[str, Segmenter], terms: dict[str, Tensor]) -> None:
-        """After step `step` (from 0): logs, evaluates and saves where due, stops at a signal.
-
-        `terms` are scalars that stay on the device until a log line is due. `nets` are evaluated;
-        the first is for inference: its mIoU decides on best.pt.
-        """
-        self.names = list(terms)
-        self.rows.append(torch.stack([t.detach().float() for t in terms.values()]))
-        if self.world > 1 and self.device.type == "cpu":
-            average_buffers(nets.values())
-        done, args = step + 1, self.args
-        last, stop = done == args.iters, self._stop()
-        self.bar.update()
-        if done % args.log_every == 0 or last:
-            self._train_line(done)
-        if done % args.eval_every == 0 or last:
-            self._eval_line(done, nets)
-        if done % args.save_every == 0 or last or stop:
-            self._save(done)
-        if stop and not last:
-            command = "the same command" + " without --overwrite" * args.overwrite
-            self.say(f"signal {stop}: saved step {done}; {command} goes on from there")
-            self._close()
-            raise SystemExit(128 + stop)
-
-    def _check(self, done: int, nets: Iterable[nn.Module] = ()) -> None:
-        """Averages the pending terms over ranks; a term or weight not finite ends the run."""
-        for t in (t for net in nets for t in net.state_dict().values() if t.is_floating_point()):
-            if not t.isfinite().all():
-                raise RunError(f"step {done}: a weight is not finite; {self.kept} --amp off")
+    def check(self, done: int) -> None:
+        """Averages the kept scalars over ranks; one that is not finite ends the run."""
         if not self.rows:
             return
-        rows = rank_mean(torch.stack(self.rows))
+        rows = rank_mean(torch.stack(self.rows))  # [steps, terms]
         self.rows = list(rows)
         bad = (~rows.isfinite()).nonzero().tolist()
         if bad:  # the first column is the total: name the term that spoils it, if there is one
             row, term = next((b for b in bad if b[0] == bad[0][0] and b[1] > 0), bad[0])
             what = f"{self.names[term]} is {rows[row, term]:.0f}"
-            raise RunError(f"step {done - len(rows) + row + 1}: {what}; {self.kept} --amp off")
+            self.not_finite(done - len(rows) + row + 1, what)
 
-    def _train_line(self, done: int) -> None:
-        self._check(done)
-        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
-            what = "gradients are not finite, --amp fp16 has left out their steps"
-            raise RunError(f"step {done}: {what}; {self.kept} --amp bf16 or off")
+    def not_finite(self, step: int, what: str) -> None:
+        """Ends the run."""
+        kept = f"the last good checkpoint in {self.args.out} stays"
+        raise RunError(f"step {step}: {what}; {kept}; try a lower --lr, or --amp bf16 or off")
+
+    def train(
+        self, done: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        """The line after step `done`: means of all terms since the line before, over all ranks."""
+        self.check(done)
+        if scaler.is_enabled() and scaler.get_scale() < 1:
+            self.not_finite(done, "gradients are not finite, fp16 has left out their steps")
         means = torch.stack(self.rows).mean(0).tolist()
         self.rows = []
-        now, images = time.perf_counter(), self.args.batch_size * (2 - self.args.labeled_only)
-        terms = dict(zip(self.names, means, strict=True)) | {"lr": self.lr}
-        line = {"step": done} | {k: float(f"{v:.6g}") for k, v in terms.items()}
+        terms = dict(zip(self.names, means, strict=True))
+        terms["lr"] = optimizer.param_groups[0]["lr"]
+        line = {"step": done} | {name: float(f"{v:.6g}") for name, v in terms.items()}
+        now = time.perf_counter()
+        images = self.args.batch_size * (1 if self.args.labeled_only else 2)
         line["images_s"] = round((done - self.since) * images / max(now - self.clock, 1e-9), 2)
-        line["memory_gb"] = round(peak_memory(self.device) / 2**30, 3)
-        self.clock, self.since = now, done
-        self._write("train", line)
+        if torch.cuda.is_available():
+            line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        self.clock = now
+        self.since = done
+        self.write("train", line)
 
-    def _write(self, kind: str, line: dict) -> None:
-        """A line of log.jsonl, of TensorBoard, and of the terminal or its bar."""
-        if self.rank:
+    def write(self, kind: str, line: dict) -> None:
+        """A line of log.jsonl, of TensorBoard, and of the terminal."""
+        if rank_world()[0] > 0:
             return
-        rest = (json.dumps({"kind": kind} | line) + "\n").encode()
         try:
-            while rest:  # a write may take a part, and the next one then say why
-                rest = rest[self.file.write(rest) :]
+            self.file.write(json.dumps({"kind": kind} | line) + "\n")
+            self.file.flush()
         except OSError as e:
-            raise RunError(f"{self.file.name}: cannot be written ({e.strerror})") from None
-        scalars = {k: v for k, v in line.items() if isinstance(v, float)}
-        for name, value in scalars.items() if self.board else ():
-            self.board.add_scalar(f"{kind}/{name}", value, line["step"])
-        said = " ".join(f"{k} {v:.4g}" for k, v in scalars.items())
-        if self.bar.disable or kind == "eval":
-            self.say(f"{kind} {line['step']}/{self.args.iters} {said}")
-        else:
-            self.bar.set_postfix_str(said)
+            raise RunError(f"{self.path}: cannot be written ({e.strerror}); free space") from None
+        scalars = {name: value for name, value in line.items() if isinstance(value, float)}
+        for name, value in scalars.items():
+            if self.board:
+                self.board.add_scalar(f"{kind}/{name}", value, line["step"])
+        said = " ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+        say(f"{kind} {line['step']}/{self.args.iters} {said}")
 
-    def _eval_line(self, done: int, nets: dict[str, Segmenter]) -> None:
-        begin, line = time.perf_counter(), {"step": done}
-        self._check(done, nets.values())
-        first, classes, rows = next(iter(nets.values())), list(self.split.classes), []
-
-        def keep(batch: dict, prediction: Tensor) -> None:
-            for k, (h, w) in enumerate(batch["size"][: 4 - len(rows)]):
-                maps = (batch["image"][k], batch["label"][k], prediction[k])
-                rows.append(picture(*(m[..., :h, :w] for m in maps)))
-
-        write = keep if self.rank == 0 else None
-        matrices = evaluate(nets, self.split, self.args, self.device, write)
-        results = {name: iou_of(m) for name, m in matrices.items()}
-        self.last, iou = next(iter(results.values()))
-        line["miou"] = round(self.last, 4)
-        line |= {f"miou_{n}": round(r[0], 4) for n, r in [*results.items()][1:]}
-        line["iou"] = {c: v and round(v, 4) for c, v in zip(classes, iou, strict=True)}
-        if self.last > self.best:
-            self.best, self.best_step = self.last, done
-            if self.rank == 0:
-                best = {"net": first.state_dict(), "config": first.config, "classes": classes}
-                best |= {"dataset": self.args.dataset, "mean": data.MEAN, "std": data.STD}
-                best["eval"] = {k: getattr(self.args, k) for k in ("crop_size", "eval_mode", "tta")}
-                save_file(best | {"step": done, "miou": self.last}, self.args.out / "best.pt")
-        self._write("eval", line)
-        if self.rank == 0:
-            self._preview(rows, self.args.out / f"preview/{done:06d}.png")
-        self.clock += time.perf_counter() - begin  # images/s is of training
-
-    def _preview(self, rows: list[np.ndarray], path: Path) -> None:
-        """A picture of images of the first val batches, one a row: image, truth, prediction."""
-        width = max(row.shape[1] for row in rows)
-        rows = [np.pad(r, ((0, 0), (0, width - r.shape[1]), (0, 0))) for r in rows]
-        try:
-            Image.fromarray(np.concatenate(rows)).save(path)
-        except OSError as e:
-            raise RunError(f"{path}: cannot be written ({e.strerror}); free space") from None
-
-    def _save(self, done: int) -> None:
-        """latest.pt with all state; the one before it stays as latest.prev.pt."""
-        self._check(done, [v for v in self.state.values() if isinstance(v, nn.Module)])
-        if self.rank:
-            return
-        state = {name: value.state_dict() for name, value in self.state.items()}
-        state |= {"flags": self._flags(), "step": done, "log_bytes": self.file.tell()}
-        state |= {"best": (self.best, self.best_step, self.last)}
-        state |= {"names": self.names, "rows": self.rows}
-        save_file(state, self.args.out / "latest.pt", keep=self.args.out / "latest.prev.pt")
-
-    def _stop(self) -> int:
-        """The signal to stop at, the same on all ranks, or 0.
-
-        Ranks vote at each step, on the host: the vote that is read is the one of the step before,
-        so none waits for another's device.
-        """
-        if not dist.is_initialized():
-            return self.signal
-        before, flag = self.vote, torch.tensor([self.signal])
-        self.vote = (flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True))
-        if before is None:
-            return 0
-        before[1].wait()
-        return int(before[0])
-
-    def _close(self) -> None:
-        self.bar.close()
-        if self.board is not None:
+    def close(self, stopped: int = 0) -> None:
+        """The last line of a finished run, or of one that signal `stopped` ends: status 128 + n."""
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 may still be writing
+        if self.board:
             self.board.close()
-        end_process()
-
-    def finish(self) -> None:
-        """The last line, and the end of the process group."""
-        last, best = f"{self.last:.2f}", f"{self.best:.2f} at step {self.best_step}"
-        self.say(f"mIoU last {last} · best {best} · {self.args.out}")
-        self._close()
-
-
-# ----------------------------------------------------------------------------- files and exit
+        if stopped:
+            command = "the same command" + (" without --overwrite" if self.args.overwrite else "")
+            say(f"signal {stopped}: saved; {command} goes on from there")
+            raise SystemExit(128 + stopped)
+        last = self.evals[max(self.evals)]
+        best = max(self.evals, key=self.evals.get)
+        say(f"mIoU last {last:.2f} · best {self.evals[best]:.2f} at step {best} · {self.args.out}")
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on CUDA, the most that the process took on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1024 if sys.platform == "linux" else 1  # macOS counts bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def save(
+    args: argparse.Namespace, split: data.Split, state: dict[str, object], log: Log, done: int
+) -> None:
+    """latest.pt with all state after step `done`; what is not finite ends the run instead."""
+    log.check(done)
+    for net in (value for value in state.values() if isinstance(value, nn.Module)):
+        finite = [t.isfinite().all() for t in net.state_dict().values() if t.is_floating_point()]
+        if not torch.stack(finite).all():
+            log.not_finite(done, "a weight is not finite")
+    if rank_world()[0] == 0:
+        saved = {name: value.state_dict() for name, value in state.items()}
+        saved |= {"flags": flags_of(args, split), "step": done}
+        save_file(saved, args.out / "latest.pt")
 
 
-def save_file(state: dict, path: Path, keep: Path | None = None) -> None:
-    """Writes beside `path`, then renames: a reader finds the old file or the new, never half.
+def validate(
+    nets: dict[str, Segmenter],
+    split: data.Split,
+    args: argparse.Namespace,
+    device: torch.device,
+    log: Log,
+    done: int,
+) -> None:
+    """Evaluates `nets` after step `done`; the first is for inference: its mIoU decides on best.pt.
 
-    The old file is kept as `keep`, if given. RunError when it cannot be written.
+    Order: best.pt, previews, log line; a run killed in between evaluates again when it goes on.
+    """
+    begin = time.perf_counter()
+    _process.evaluating = True
+    results = {name: iou_of(m) for name, m in evaluate(nets, split, args, device).items()}
+    _process.evaluating = False
+    first = next(iter(nets.values()))
+    miou, iou = next(iter(results.values()))
+    miou = round(miou, 4)  # as the log has it, which a resumed run compares with
+    classes = list(split.classes)
+    if miou > max(log.evals.values(), default=-1.0) and rank_world()[0] == 0:
+        best = dict(net=first.state_dict(), config=first.config, classes=classes)
+        best |= dict(dataset=args.dataset, mean=data.MEAN, std=data.STD, step=done, miou=miou)
+        best["eval"] = dict(crop_size=args.crop_size, eval_mode=args.eval_mode, amp=args.amp)
+        save_file(best, args.out / "best.pt")
+    log.evals[done] = miou
+    line = {"step": done, "miou": miou}
+    line |= {f"miou_{name}": round(r[0], 4) for name, r in list(results.items())[1:]}
+    line["iou"] = {c: v and round(v, 4) for c, v in zip(classes, iou, strict=True)}
+    log.write("eval", line)
+    log.clock += time.perf_counter() - begin  # images/s is of training
+
+
+def save_file(state: dict, path: Path) -> None:
+    """torch.save beside `path`, then a rename: a reader finds the old file or the new, never half.
+
+    RunError when it cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -809,16 +1097,52 @@ def save_file(state: dict, path: Path, keep: Path | None = None) -> None:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-        if keep is not None and path.exists():
-            os.replace(path, keep)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = str(e).splitlines()[0]
-        raise RunError(
-            f"{path}: cannot be saved ({reason}); is the disk full? What was saved before is intact"
-        ) from None
+        what = f"cannot be saved ({str(e).splitlines()[0]})"
+        raise RunError(f"{path}: {what}; free space: what was saved before is intact") from None
+
+
+# ---------------------------------------------------------------------------- signals and exit
+
+_process = SimpleNamespace(signal=0, training=False, evaluating=False)
+
+
+def catch_signals() -> None:
+    """SIGTERM and Ctrl-C ask for a save, see `stop_signal`; a second one ends the process at once.
+
+    So does the first during an evaluation. A thread waits for them: the main one may be held up in
+    a call that Python's own handlers would have to wait for.
+    """
+    woken, alarm = socket.socketpair()
+    alarm.setblocking(False)
+
+    def wait() -> None:
+        while True:
+            number = woken.recv(1)[0]
+            if _process.signal or _process.evaluating:
+                print(f"signal {number}: ended at once; the last checkpoint stays", flush=True)
+                alarm.close()
+                os._exit(128 + number)
+            _process.signal = number
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(alarm.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def stop_signal(due: bool) -> int:
+    """The signal to stop at, or 0. Ranks agree on it where a log line is `due`, on the CPU."""
+    if not dist.is_initialized():
+        return _process.signal
+    if not due:
+        return 0
+    number = torch.tensor(_process.signal)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -826,20 +1150,21 @@ def launch(main: Callable[[], None]) -> None:
 
     Exits at once: other ranks may wait in a collective for this one, workers for its data.
     """
-    status, (rank, world) = 0, rank_world()
-    who = f"[rank {rank}] " * (world > 1)
+    status = 0
+    rank, world = rank_world()
+    who = f"[rank {rank}] " if world > 1 else ""
     try:
         main()
     except (InputError, RunError) as e:
         status = 2 if isinstance(e, InputError) else 1
-        # without a group all ranks see the same bad input; a GPU may be missing to one alone
-        if rank == 0 or dist.is_initialized() or status == 1:
+        # before training all ranks see the same bad input; a GPU may be missing to one alone
+        if rank == 0 or _process.training or status == 1:
             print(f"{who}error: {e}", file=sys.stderr)
         else:
             time.sleep(5)  # torchrun ends all ranks at the first exit: rank 0's line comes first
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
-    except KeyboardInterrupt:  # later ones are caught, see Run.resume
+    except KeyboardInterrupt:  # later ones are caught, see `catch_signals`
         status = 128 + signal.SIGINT
         print("interrupted before the first step", file=sys.stderr)
     except BaseException as e:

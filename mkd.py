@@ -7,29 +7,33 @@ around each pixel's feature, with its class's running covariance, would do to th
 
     L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
 
-Dimension key: B images of this rank, C classes, H W pixels, h w cells of the stride-4 map, A = 256
-channels of the classifier's input. x, y labelled; u weak and u1 strong view of an unlabelled crop;
-z logits, z~ augmented logits (`z_aug`), f features; suffixes _s1 _s2 students, _t1 _t2 teachers.
+Dimension key: B images of this rank, C classes, H W pixels, h w cells of the stride-4 map, h2 w2 of
+its 2x2 means, A = 256 channels of the classifier's input. x, y labelled; u weak and u1 strong view
+of an unlabelled crop; z logits, aug = z~ augmented logits, f features; suffixes _s1 _s2 students,
+_t1 _t2 teachers.
 
     torchrun --nproc_per_node=4 mkd.py --split 1/16 --batch-size 16      # or python mkd.py
 
-Inference uses S1 alone. "(step n)" is row n of the README's table, which is followed by a list of
+Inference uses S1 alone. "(step n)" is a row of the table in docs/methods.md, which also lists the
 departures from the released code.
 """
 
 import argparse
 import copy
+import functools
 import math
+import os
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import common
 import data
-from common import masked_mean, rank_sum
-from networks import build_network, load_weights, upsample
+from common import masked_mean
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,17 +44,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--ema", type=common.SHARE, default=0.6, help="upper limit of the teachers' momentum m")
     a("--lambda-st", type=common.WEIGHT, default=1.5, help="weight of L_st, from the teachers")
     a("--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students")
-    a("--threshold-ss", type=common.SHARE, default=0.0, help="tau of L_ss, as --threshold of L_st")
+    a("--threshold-ss", type=common.SHARE, default=0.0, help="tau of L_ss; --threshold is L_st's")
     a("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
     a("--lambda0", type=common.WEIGHT, default=1.5, help="strength of --fa at the end")
     a("--keep-padding", action=flag, default=False, help="padding takes part, as in released code")
     a("--teacher-mode", choices=("train", "eval"), default="train", help="teachers' batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
     # augmentation took more than it gave in pilot runs.
-    small = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95)
-    small |= dict(batch_size=4, lr=2e-3, epochs=4)  # 480 steps
-    args = common.parse(p, argv, all=dict(threshold=0.0), shapes=small)
-    if (args.fa, args.teacher_mode) == ("all", "eval"):  # Sigma keeps every step's features
+    shapes = dict(
+        teacher_mode="eval",
+        fa="none",
+        threshold=0.95,
+        threshold_ss=0.95,
+        batch_size=4,
+        lr=2e-3,
+        epochs=4,
+    )
+    args = common.parse(p, argv, all=dict(threshold=0.0), shapes=shapes)
+    if args.fa == "all" and args.teacher_mode == "eval":  # Sigma keeps every step's features
         why = "features by running statistics explode at first"
         raise data.InputError(f"--fa all (default): {why}; --teacher-mode train or --fa students")
     return args
@@ -68,40 +79,48 @@ def update_teacher(
     Parameters in float32; at t = 1 it becomes a copy. `mode` "train", as released: batch norm is by
     the batch, with running statistics of its own; "eval": by the student's running statistics.
     """
-    m = min(1 - 1 / t, ema)
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - m)
+    momentum = min(1 - 1 / t, ema)
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
     teacher.train(mode == "train")
     if mode == "eval":
         for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
 
 
-def mix_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
-    """Three boxes: p ~ U(.25, .5), h = exp(U ln p), w = p / h, both times sqrt(1/3)."""
+def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
+    """Three boxes: p ~ U(.25, .5), h = exp(U ln p), w = p / h, both times sqrt(1/3) (step 4)."""
     boxes = []
-    for p, a, top, left in r.uniform((0.25, 0, 0, 0), (0.5, 1, 1, 1), (3, 4)):
-        h = math.exp(a * math.log(p))
-        height, width = (round(crop * side * math.sqrt(1 / 3)) for side in (h, p / h))
-        top, left = round(top * (crop - height)), round(left * (crop - width))
+    for _ in range(3):
+        p, share, top, left = r.uniform((0.25, 0, 0, 0), (0.5, 1, 1, 1))
+        h = math.exp(share * math.log(p))
+        height = round(crop * h * math.sqrt(1 / 3))
+        width = round(crop * p / h * math.sqrt(1 / 3))
+        top = round(top * (crop - height))
+        left = round(left * (crop - width))
         boxes.append([top, left, top + height, left + width])
     return boxes
 
 
 def mix_mask(boxes: Tensor, crop: int) -> Tensor:
     """M [B, H, W], boxes [B, 3, 4] XORed onto zeros: True keeps a pixel, False is the partner's."""
-    one, two, three = (data.rect_mask(b, crop, crop) for b in boxes.unbind(1))
+    one = data.rect_mask(boxes[:, 0], crop, crop)
+    two = data.rect_mask(boxes[:, 1], crop, crop)
+    three = data.rect_mask(boxes[:, 2], crop, crop)
     return one ^ two ^ three
 
 
-def mix(t: Tensor, m: Tensor) -> Tensor:
-    """M * t + (1 - M) * t[pi] for t [B, ..., H, W]; M is resized to t by its nearest cells.
+def mix(values: Tensor, M: Tensor) -> Tensor:
+    """M * values + (1 - M) * values[pi] of values [B, ..., H, W]; M is resized by nearest cells.
 
     The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
     the same rank however many ranks there are, and never the image itself.
     """
-    pi = torch.arange(len(t), device=t.device) ^ 1
-    m = m if m.shape[-2:] == t.shape[-2:] else common.resize_mask(m, t.shape[-2:])
-    return torch.where(m if t.dim() == 3 else m[:, None], t, t[pi])
+    pi = torch.arange(len(values), device=values.device) ^ 1
+    if M.shape[-2:] != values.shape[-2:]:
+        M = common.resize_mask(M, values.shape[-2:])
+    if values.dim() == 4:
+        M = M[:, None]
+    return torch.where(M, values, values[pi])
 
 
 class ClassStatistics(nn.Module):
@@ -119,15 +138,19 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, f: Tensor, label: Tensor) -> None:
-        """Takes in pixels f [B, A, h, w] under their class label [B, h, w]; 255 is left out."""
-        f = f.flatten(2).transpose(1, 2).to(self.mean.dtype)  # [B, hw, A]
+        """Takes in pixels f [B, A, h2, w2] under their class label [B, h2, w2]; 255 is left out."""
+        f = f.flatten(2).transpose(1, 2).to(self.mean.dtype)  # [B, h2 w2, A]
         classes = torch.arange(len(self.count), device=f.device)
-        member = (label.flatten(1)[:, None] == classes[:, None]).to(f.dtype)  # [B, C, hw]
-        n = member.sum((0, 2))[:, None]  # n_c [C, 1]
-        s1, s2 = (member @ f).sum(0), (member @ f.square()).sum(0)  # [C, A]
-        n, s1, s2 = rank_sum(torch.cat([n, s1, s2], 1)).split([1, f.shape[2], f.shape[2]], 1)
-        mean = s1 / n.clamp_min(1)
-        var = (s2 / n.clamp_min(1) - mean.square()).clamp_min(0)
+        member = (label.flatten(1)[:, None] == classes[:, None]).to(f.dtype)  # [B, C, h2 w2]
+        # n_c [C, 1]; the batch's mean mu^_c and biased variance sigma^2_c, over all ranks
+        n = member.sum((0, 2))[:, None]
+        first = (member @ f).sum(0)  # [C, A]
+        second = (member @ f.square()).sum(0)
+        sums = common.rank_sum(torch.cat([n, first, second], 1))  # [C, 1 + 2 A]
+        n = sums[:, :1]
+        width = f.shape[2]
+        mean = sums[:, 1 : 1 + width] / n.clamp_min(1)
+        var = (sums[:, 1 + width :] / n.clamp_min(1) - mean.square()).clamp_min(0)
         # w_c = n_c / (n_c + N_c);  mu <- (1-w) mu + w mean
         # Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2
         w = (n / (n + self.count[:, None]).clamp_min(1)).to(mean.dtype)
@@ -139,47 +162,41 @@ class ClassStatistics(nn.Module):
 def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:
     """z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a for pixels of class y = label.
 
-    z [B, C, h, w], label [B, h, w]; W [C, A] and Sigma [C, A] are constants. The sum is a table
+    z [B, C, h2, w2], label [B, h2, w2]; W [C, A] and Sigma [C, A] are constants. The sum is a table
     K[y, c], looked up per pixel, zero for 255.
     """
-    w, classes = weight.detach().flatten(1).float(), len(weight)
-    k = 0.5 * strength * ((w[None] - w[:, None]).square() * var[:, None]).sum(2)  # [C, C]
-    k = F.pad(k, (0, 0, 0, 1))  # a row of zeros for 255
-    return z + k[label.clamp_max(classes)].permute(0, 3, 1, 2)
+    W = weight.detach().flatten(1).float()  # [C, A]
+    squared = (W[None] - W[:, None]).square()  # (W_ca - W_ya)^2 at [y, c, a]
+    K = 0.5 * strength * (squared * var[:, None]).sum(2)  # [C, C]
+    K = F.pad(K, (0, 0, 0, 1))  # a row of zeros for 255
+    return z + K[label.clamp_max(len(W))].permute(0, 3, 1, 2)
 
 
-def augment_network(
-    net: nn.Module, stats: ClassStatistics, z: Tensor, f: Tensor, known: tuple
+def augmented_logits(
+    net: nn.Module,
+    stats: ClassStatistics,
+    z: Tensor,
+    f: Tensor,
+    y: Tensor,
+    valid: Tensor,
+    strength: float,
 ) -> Tensor:
-    """z~ of a network: updates its statistics with f, then augments z [B, C, h, w].
+    """z~ of a network (steps 7 to 10): updates its statistics with f, then augments z.
 
-    f [B, A, 2h, 2w] becomes 2x2 means like z. `known` = (y, valid, strength). The first images are
-    labelled, y [B_x, h, w]; pixels of the others have the class that z itself says; what is not
-    valid [B, h, w] takes no part.
+    z [B, C, h2, w2]; f [B, A, h, w] becomes 2x2 means like z. The first images are labelled,
+    y [B_x, h2, w2]; pixels of the others have the class that z itself says; what is not
+    valid [B, h2, w2] takes no part.
     """
-    y, valid, strength = known
-    label = torch.cat([y, z[len(y) :].detach().argmax(1)]).where(valid, data.IGNORE)
+    own = z[len(y) :].detach().argmax(1)
+    label = torch.cat([y, own]).where(valid, data.IGNORE)
     stats.update(F.avg_pool2d(f.detach(), 2), label)
     return augment(z, label, net.classifier.weight, stats.var, strength)
 
 
-def mutual_losses(
-    z_s: list[Tensor], t_t: list[Tensor], keep_t: list[Tensor], keep_s: list[Tensor], valid: Tensor
-) -> tuple[Tensor, Tensor]:
-    """L_st and L_ss over valid pixels; lists hold networks 1 and 2; z_s [B, C, h, w]: students' z~.
-
-    L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1): a student learns from the other student's teacher.
-    L_ss = CE(z~_S1, t_S2) + CE(z~_S2, t_S1), t_Si = argmax z~_Si: the students teach each other.
-    `keep_t`, `keep_s` [B, h, w]: where a teacher is confident enough for L_st, a student for L_ss.
-    """
-    t_s = [z.detach().argmax(1) for z in z_s]
-    loss_st = loss_ss = 0
-    for i, other in ((0, 1), (1, 0)):
-        log_p = z_s[i].log_softmax(1)
-        st, ss = (F.nll_loss(log_p, t[other], reduction="none") for t in (t_t, t_s))
-        loss_st = loss_st + masked_mean(st, keep_t[other] & valid, valid)
-        loss_ss = loss_ss + masked_mean(ss, keep_s[other] & valid, valid)
-    return loss_st, loss_ss
+def pseudo_ce(aug: Tensor, label: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
+    """masked_mean(CE(z~, label), keep and valid): aug [B, C, h2, w2] by another's label."""
+    ce = F.cross_entropy(aug, label, reduction="none")  # [B, h2, w2]
+    return masked_mean(ce, keep & valid, valid)
 
 
 class Students(nn.Module):
@@ -187,11 +204,12 @@ class Students(nn.Module):
 
     def __init__(self, s1: nn.Module, s2: nn.Module) -> None:
         super().__init__()
-        self.s1, self.s2 = s1, s2
+        self.s1 = s1
+        self.s2 = s2
 
-    def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
         """Stride-4 logits, classifier input and last map of each student."""
-        return [self.s1.parts(x), self.s2.parts(x)]
+        return self.s1.parts(x), self.s2.parts(x)
 
 
 # ----------------------------------------------------------------------------------- training
@@ -199,120 +217,231 @@ class Students(nn.Module):
 
 def mkd_step(
     args: argparse.Namespace,
-    run: common.Run,
-    students: list[nn.Module],
-    teachers: list[nn.Module],
-    stats: nn.ModuleList,
+    nets: dict[str, nn.Module],
+    stats: nn.ModuleDict,
     model: nn.Module,
+    autocast: functools.partial,
     batch: dict,
-    step: int,
+    ramp: float,
 ) -> dict[str, Tensor]:
-    """The losses of one step, "loss" being the total; updates the teachers and the statistics.
+    """The losses of a step, "loss" the total; updates the teachers and the statistics.
 
-    `model` is Students(*students), in DDP if there are ranks; `stats` has S1, S2, T1, T2 in order.
+    `nets` and `stats` have student1, student2, teacher1, teacher2. `model` is Students of the first
+    two, in DDP if there are ranks.
     """
-    # t from 1; lambda(t) = lambda0 (1 - cos(pi t / T)) / 2 (step 9)
-    t, n_x = step + 1, len(batch["x"])
-    strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
-    x, y, u = data.normalize(batch["x"]), batch["y"], data.normalize(batch["u"])
-    u1 = data.normalize(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
-    boxes = [mix_boxes(args.crop_size, data.rng(args.seed, "mkd", step, p)) for p in run.positions]
-    m = mix_mask(run.put(torch.tensor(boxes)), args.crop_size)
+    # Views (steps 2, 4): x labelled; u weak; u_mix = M * u1 + (1 - M) * u1[pi]
+    x = data.normalize(batch["x"])
+    y = batch["y"]
+    n_x = len(x)
+    u = data.normalize(batch["u"])
+    u1 = data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0]
+    u1 = data.normalize(u1)
+    crop = args.crop_size
+    boxes = [
+        draw_boxes(crop, data.rng(args.seed, "mkd", batch["step"], p)) for p in batch["positions"]
+    ]
+    M = mix_mask(data.to_device(torch.tensor(boxes), u.device), crop)  # [B, H, W]
+    u_mix = mix(u1, M)
 
     with torch.no_grad():
-        # Teachers see x and u; their logits and features are mixed like the image (steps 2 to 4).
-        z_t, f_t = [], []
-        for teacher, student in zip(teachers, students, strict=True):
-            update_teacher(teacher, student, t, args.ema, args.teacher_mode)
-            with run.autocast():
-                z, f, _ = teacher.parts(torch.cat([x, u]))
-            z_t.append(torch.cat([z[:n_x], mix(z[n_x:], m)]).float())
-            f_t.append(torch.cat([f[:n_x], mix(f[n_x:], m)]))
+        # Teachers see x and u; their logits and features are mixed like the image (steps 2 to 4)
+        t = batch["step"] + 1
+        update_teacher(nets["teacher1"], nets["student1"], t, args.ema, args.teacher_mode)
+        update_teacher(nets["teacher2"], nets["student2"], t, args.ema, args.teacher_mode)
+        with autocast():
+            z_t1, f_t1, _ = nets["teacher1"].parts(torch.cat([x, u]))
+            z_t2, f_t2, _ = nets["teacher2"].parts(torch.cat([x, u]))
+        z_t1 = torch.cat([z_t1[:n_x], mix(z_t1[n_x:], M)]).float()
+        z_t2 = torch.cat([z_t2[:n_x], mix(z_t2[n_x:], M)]).float()
+        f_t1 = torch.cat([f_t1[:n_x], mix(f_t1[n_x:], M)])
+        f_t2 = torch.cat([f_t2[:n_x], mix(f_t2[n_x:], M)])
 
-    # Students see x and u_mix = M * u1 + (1 - M) * u1[pi] (step 4)
-    with run.autocast():
-        (z_s1, f_s1, _), (z_s2, f_s2, _) = model(torch.cat([x, mix(u1, m)]))
-    z_s, f_s = [z_s1.float(), z_s2.float()], [f_s1, f_s2]
+    # Students see x and u_mix (step 4)
+    with autocast():
+        out_s1, out_s2 = model(torch.cat([x, u_mix]))
+    z_s1, f_s1, _ = out_s1
+    z_s2, f_s2, _ = out_s2
+    z_s1 = z_s1.float()
+    z_s2 = z_s2.float()
 
     # L_sup,i = CE(S_i(x), y) at full resolution (step 5)
-    loss_sup1, loss_sup2 = (
-        common.supervised_loss(upsample(z[:n_x], y.shape[-2:]), y, args.sup_loss, args.ohem_least)
-        for z in z_s
-    )
+    z_x1 = common.upsample(z_s1[:n_x], y.shape[-2:])
+    z_x2 = common.upsample(z_s2[:n_x], y.shape[-2:])
+    loss_sup1 = common.supervised_loss(z_x1, y, args.sup_loss, args.ohem_least)
+    loss_sup2 = common.supervised_loss(z_x2, y, args.sup_loss, args.ohem_least)
 
     # The rest, labelled and unlabelled together, at half of the stride-4 resolution (step 6)
-    z_s, z_t = ([F.avg_pool2d(z, 2) for z in zs] for zs in (z_s, z_t))
-    size = z_s[0].shape[-2:]
-    valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], m)]) | args.keep_padding
+    half_s1 = F.avg_pool2d(z_s1, 2)  # [B, C, h2, w2]
+    half_s2 = F.avg_pool2d(z_s2, 2)
+    half_t1 = F.avg_pool2d(z_t1, 2)
+    half_t2 = F.avg_pool2d(z_t2, 2)
+    size = half_s1.shape[-2:]
+    half_y = F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long()
+    valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], M)])
+    if args.keep_padding:
+        valid = torch.ones_like(valid)
     valid = common.resize_mask(valid, size)
 
-    # z~ of each network; labelled pixels have class y, others its own argmax (steps 7 to 10)
-    known = (F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long(), valid, strength)
-    z_aug_s, z_aug_t = z_s, z_t
-    if args.fa != "none":
-        networks = zip(students, stats[:2], z_s, f_s, strict=True)
-        z_aug_s = [augment_network(*network, known) for network in networks]
+    # z~ of each network (steps 7 to 10), lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
+    strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
+    labeled = (half_y, valid, strength)
+    aug_s1 = half_s1
+    aug_s2 = half_s2
+    aug_t1 = half_t1
+    aug_t2 = half_t2
+    if args.fa in ("all", "students"):
+        aug_s1 = augmented_logits(nets["student1"], stats["student1"], half_s1, f_s1, *labeled)
+        aug_s2 = augmented_logits(nets["student2"], stats["student2"], half_s2, f_s2, *labeled)
     if args.fa == "all":
-        networks = zip(teachers, stats[2:], z_t, f_t, strict=True)
-        z_aug_t = [augment_network(*network, known) for network in networks]
+        aug_t1 = augmented_logits(nets["teacher1"], stats["teacher1"], half_t1, f_t1, *labeled)
+        aug_t2 = augmented_logits(nets["teacher2"], stats["teacher2"], half_t2, f_t2, *labeled)
 
-    # L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1), L_ss = CE(z~_S1, t_S2) + ... (steps 11 to 13)
-    t_t = [z.argmax(1) for z in z_aug_t]
-    keep_t = [z.softmax(1).amax(1) >= args.threshold for z in z_t]
-    keep_s = [z.detach().softmax(1).amax(1) >= args.threshold_ss for z in z_s]
-    loss_st, loss_ss = mutual_losses(z_aug_s, t_t, keep_t, keep_s, valid)
+    # Targets (step 11): t = argmax z~, kept where the confidence of z is enough
+    label_s1 = aug_s1.detach().argmax(1)
+    label_s2 = aug_s2.detach().argmax(1)
+    label_t1 = aug_t1.argmax(1)
+    label_t2 = aug_t2.argmax(1)
+    keep_s1 = half_s1.detach().softmax(1).amax(1) >= args.threshold_ss
+    keep_s2 = half_s2.detach().softmax(1).amax(1) >= args.threshold_ss
+    keep_t1 = half_t1.softmax(1).amax(1) >= args.threshold
+    keep_t2 = half_t2.softmax(1).amax(1) >= args.threshold
+
+    # L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1): from the other student's teacher (step 12)
+    loss_st1 = pseudo_ce(aug_s1, label_t2, keep_t2, valid)
+    loss_st2 = pseudo_ce(aug_s2, label_t1, keep_t1, valid)
+    loss_st = loss_st1 + loss_st2
+
+    # L_ss = CE(z~_S1, t_S2) + CE(z~_S2, t_S1): the students teach each other (step 13)
+    loss_ss1 = pseudo_ce(aug_s1, label_s2, keep_s2, valid)
+    loss_ss2 = pseudo_ce(aug_s2, label_s1, keep_s1, valid)
+    loss_ss = loss_ss1 + loss_ss2
 
     # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss (step 14)
     mutual = args.lambda_st * loss_st + args.lambda_ss * loss_ss  # of x as of u_mix
-    loss = loss_sup1 + loss_sup2 + run.ramp(step) * mutual
-    confident = masked_mean(torch.stack(keep_t).float().mean(0), valid, valid)
-    terms = {"loss": loss, "L_sup1": loss_sup1, "L_sup2": loss_sup2}
-    return terms | {"L_st": loss_st, "L_ss": loss_ss, "confident": confident}
+    loss = loss_sup1 + loss_sup2 + ramp * mutual
+    keep = (keep_t1.float() + keep_t2.float()) / 2
+    return {
+        "loss": loss,
+        "L_sup1": loss_sup1,
+        "L_sup2": loss_sup2,
+        "L_st": loss_st,
+        "L_ss": loss_ss,
+        "confident": masked_mean(keep, valid, valid),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+
+    # ---- ranks: torchrun sets these three; plain python is one process
+    rank, world = common.rank_world()
+    device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(args.seed)  # the same weights on all ranks; batches have seeds of their own
     if args.test_only:
-        common.test(args)
+        common.test(args, device)
         return
 
-    # ---- setup, data
-    run = common.Run(args)
-    classes = len(run.split.classes)
+    # ---- data
+    split = data.load_split(args)
+    common.say(split.line)
+    common.settle(args, split, world, device)
 
-    # ---- networks (step 1), optimizer: one seed is drawn on for both students: their heads differ
-    students = []
-    for _ in range(2):
-        net = build_network(args.backbone, classes, args.output_stride, args.decoder)
-        run.say(load_weights(net, args.backbone, args.weights))
-        students.append(run.place(net))
-    teachers = [run.place(copy.deepcopy(net).requires_grad_(False)) for net in students]
-    width = students[0].classifier.in_channels
-    stats = nn.ModuleList(ClassStatistics(classes, width) for _ in range(4)).to(run.device)
-    model = run.distribute(students[0] if args.labeled_only else Students(*students))
-    backbones = [p for net in students for p in net.backbone.parameters()]
-    heads = [p for net in students for p in net.head_parameters()]
-    head = {"params": heads, "lr": args.lr * args.head_lr_mult}
-    optimizer = run.optimizer([{"params": backbones, "lr": args.lr}, head])
-    nets = {"student1": students[0]}
-    if not args.labeled_only:
-        nets |= {"student2": students[1], "teacher1": teachers[0], "teacher2": teachers[1]}
+    # ---- networks (step 1): one seed is drawn on for both students, so their heads differ
+    shape = (args.backbone, len(split.classes), args.output_stride, args.decoder)
+    student_1 = common.build_network(*shape)
+    common.check_crop(student_1, args.crop_size)
+    common.say(common.load_weights(student_1, args.backbone, args.weights))
+    student_2 = common.build_network(*shape)
+    common.say(common.load_weights(student_2, args.backbone, args.weights))
+    if world > 1 and device.type == "cuda":
+        student_1 = nn.SyncBatchNorm.convert_sync_batchnorm(student_1)
+        student_2 = nn.SyncBatchNorm.convert_sync_batchnorm(student_2)
+    teacher_1 = copy.deepcopy(student_1).requires_grad_(False)
+    teacher_2 = copy.deepcopy(student_2).requires_grad_(False)
+    nets = {  # those that are evaluated; the first is for inference
+        "student1": student_1.place(device),
+        "student2": student_2.place(device),
+        "teacher1": teacher_1.place(device),
+        "teacher2": teacher_2.place(device),
+    }
+    if args.compile:
+        for net in nets.values():
+            for part in net.children():  # not the whole: `parts` and `forward` share them
+                part.compile()
+    width = student_1.classifier.in_channels
+    stats = nn.ModuleDict({name: ClassStatistics(len(split.classes), width) for name in nets})
+    stats = stats.to(device)
+    model = Students(student_1, student_2)
+    if dist.is_initialized():
+        ids = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    # ---- optimizer: the schedule sets each group's lr from its initial_lr
+    backbones = [*student_1.backbone.parameters(), *student_2.backbone.parameters()]
+    heads = [*student_1.head_parameters(), *student_2.head_parameters()]
+    groups = [
+        {"params": backbones, "initial_lr": args.lr},
+        {"params": heads, "initial_lr": args.lr * args.head_lr_mult},
+    ]
+    fused = None if args.amp == "fp16" else True  # fused on a CPU would not skip what fp16 skips
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            groups, momentum=0.9, weight_decay=args.weight_decay, fused=fused
+        )
+    else:
+        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
+
+    # ---- precision: forward passes alone are in autocast; losses, softmax and EMA in float32
+    dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---- resume
-    start = run.resume(**nets, stats=stats, optimizer=optimizer)
+    state = {**nets, "stats": stats, "optimizer": optimizer, "scaler": scaler}
+    start = common.resume(args, split, state)
+    log = common.Log(args, start)
+    common.catch_signals()
+    if log.owes_evaluation(start):
+        common.validate(nets, split, args, device, log, start)
 
     # ---- train
-    for step, batch in enumerate(run.batches(start), start):
-        run.set_lr(optimizer, step)
-        if args.labeled_only:
-            terms = run.supervised(model, batch)
-        else:
-            terms = mkd_step(args, run, students, teachers, stats, model, batch, step)
-        run.update(terms["loss"], optimizer)
-        run.step_done(step, nets, terms)
+    batches = data.train_batches(split, args, rank, world, start, device)
+    for step, batch in enumerate(batches, start):
+        # poly: lr (1 - t/T)^0.9; ramp of the unlabelled terms: from 0 to 1 in a share of the run
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1 - step / args.iters) ** 0.9
+        ramp = min(1.0, step / max(1.0, args.ramp * args.iters)) if args.ramp > 0 else 1.0
+
+        losses = mkd_step(args, nets, stats, model, autocast, batch, ramp)
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(losses["loss"]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if world > 1 and device.type == "cpu":  # there is no SyncBN: share the running statistics
+            common.average_buffers(nets.values())
+
+        # ---- log, save, evaluate: saved before evaluated, so that an evaluation can cost no step
+        done = step + 1
+        last = done == args.iters
+        log.add(losses)
+        if done % args.log_every == 0 or last:
+            log.train(done, optimizer, scaler)
+        stop = common.stop_signal(done % args.log_every == 0)
+        evaluate = done % args.eval_every == 0 or last
+        if evaluate or stop or done % args.save_every == 0:
+            common.save(args, split, state, log, done)
+        if stop and not last:
+            log.close(stop)
+        if evaluate:
+            common.validate(nets, split, args, device, log, done)
 
     # ---- teardown
-    run.finish()
+    log.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

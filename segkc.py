@@ -12,35 +12,32 @@ backbone map, g its projection to the other network's width; suffixes _s senior,
 
     torchrun --nproc_per_node=4 segkc.py --split 1/2    # plain `python segkc.py`: one GPU or none
 
-Inference uses the junior alone. The paper has no public code: the README lists what is our reading;
-"(step n)" is row n of its table.
-Measured: built-in shapes 52.9 mIoU, labelled-only 41.9 (3 seeds); CamVid, small: no gain (README).
+Inference uses the junior alone. "(step n)" is a row of the table in docs/methods.md. The paper has
+no public code; that page lists which parts are our reading, and their flags.
 """
 
 import argparse
+import functools
+import os
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import common
 import data
 from common import masked_mean
-from networks import BACKBONES, build_network, load_weights, upsample
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and SegKC's own; --backbone is the junior's, the one of inference."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
     a = p.add_argument_group("SegKC").add_argument
-    a(
-        "--junior",
-        dest="backbone",
-        choices=BACKBONES,
-        default=argparse.SUPPRESS,
-        help="as --backbone",
-    )
-    a("--senior", choices=BACKBONES, help="encoder of the senior")
+    junior = dict(dest="backbone", choices=common.BACKBONES, default=argparse.SUPPRESS)
+    a("--junior", **junior, help="as --backbone")
+    a("--senior", choices=common.BACKBONES, help="encoder of the senior")
     a("--senior-weights", help="like --weights, of the senior; unset: --weights")
     a("--lambda-cps", type=common.WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels")
     a("--lambda-feat", type=common.WEIGHT, default=0.5, help="weight of the feature terms")
@@ -48,21 +45,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--consult", choices=("both", "j2s", "s2j", "none"), default="both", help="feature terms")
     a("--temperature", type=common.POSITIVE, default=1.0, help="t of L_kd")
     pair = dict(senior="resnet101", backbone="resnet50")
-    small = dict(senior="resnet34", backbone="resnet18", epochs=6)  # 8 minutes on 2 cores
-    return common.parse(p, argv, all=pair, shapes=small)
+    shapes = dict(senior="resnet34", backbone="resnet18", epochs=6)
+    args = common.parse(p, argv, all=pair, shapes=shapes)
+    args.senior_weights = args.senior_weights or args.weights
+    files = args.senior_weights == args.weights and args.weights not in ("imagenet", "none")
+    if files and args.senior != args.backbone:
+        raise data.InputError(
+            f"--weights {args.weights}: a file of {args.backbone}; "
+            f"give --senior-weights too: imagenet, none or a file of {args.senior}"
+        )
+    return args
 
 
 # --------------------------------------------------------------------------- the paper's pieces
 
 
-def cutmix(t: Tensor, box: Tensor) -> Tensor:
-    """t [B, ..., H, W], but its partner's inside `box` [B, H, W] bool.
+def cutmix(values: Tensor, box: Tensor) -> Tensor:
+    """values [B, ..., H, W], but the partner's inside `box` [B, H, W] bool.
 
     The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
     the same rank however many ranks there are, and never the image itself.
     """
-    pi = torch.arange(len(t), device=t.device) ^ 1
-    return torch.where(box if t.dim() == 3 else box[:, None], t[pi], t)
+    pi = torch.arange(len(values), device=values.device) ^ 1
+    if values.dim() == 4:
+        box = box[:, None]
+    return torch.where(box, values[pi], values)
 
 
 def cps_loss(
@@ -79,34 +86,52 @@ def consultation(g: Tensor, f: Tensor, valid: Tensor) -> Tensor:
     g [B, A, h', w'] is the learning network's projected map, resized to the grid of f [B, A, h, w];
     valid [B, H, W].
     """
-    g = upsample(g, f.shape[-2:]) if g.shape[-2:] != f.shape[-2:] else g.float()
-    cells = common.resize_mask(valid, f.shape[-2:])
-    return masked_mean(1 - F.cosine_similarity(g, f.detach().float(), dim=1), cells, cells)
+    size = f.shape[-2:]
+    if g.shape[-2:] != size:
+        g = common.upsample(g, size)
+    cells = common.resize_mask(valid, size)
+    distance = 1 - F.cosine_similarity(g.float(), f.detach().float(), dim=1)  # [B, h, w]
+    return masked_mean(distance, cells, cells)
 
 
 def distillation(z_s: Tensor, z_j: Tensor, valid: Tensor, t: float) -> Tensor:
     """L_kd = mean over valid of KL(sg softmax(z_S / t) || softmax(z_J / t)) t^2 (step 7)."""
-    log_s, log_j = (z_s.detach() / t).log_softmax(1), (z_j / t).log_softmax(1)
+    log_s = (z_s.detach() / t).log_softmax(1)
+    log_j = (z_j / t).log_softmax(1)
     kl = (log_s.exp() * (log_s - log_j)).sum(1)  # [B, H, W]
     return masked_mean(kl, valid, valid) * t**2
 
 
 class Pair(nn.Module):
-    """Senior and junior with their training-only projections, so that one DDP carries all."""
+    """Senior and junior with their training-only projections, so that one DDP carries all.
 
-    def __init__(self, senior: nn.Module, junior: nn.Module) -> None:
+    `consult` says which projections exist: DDP allows no parameter that no loss uses.
+    """
+
+    def __init__(self, senior: nn.Module, junior: nn.Module, consult: str = "both") -> None:
         super().__init__()
-        self.senior, self.junior = senior, junior
-        a_s, a_j = senior.backbone.channels[-1], junior.backbone.channels[-1]
-        self.project_s, self.project_j = nn.Conv2d(a_s, a_j, 1), nn.Conv2d(a_j, a_s, 1)
+        self.senior = senior
+        self.junior = junior
+        width_s = senior.backbone.channels[-1]
+        width_j = junior.backbone.channels[-1]
+        self.project_s = None
+        self.project_j = None
+        if consult in ("both", "j2s"):
+            self.project_s = nn.Conv2d(width_s, width_j, 1)
+        if consult in ("both", "s2j"):
+            self.project_j = nn.Conv2d(width_j, width_s, 1)
 
-    def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def projections(self) -> list[nn.Parameter]:
+        """The parameters that are in neither network."""
+        return [p for name, p in self.named_parameters() if name.startswith("project_")]
+
+    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor | None], ...]:
         """(z, f, g) of senior and junior: logits [B, C, H, W], last map, its projection."""
-        out = []
-        for net, project in ((self.senior, self.project_s), (self.junior, self.project_j)):
-            z, _, f = net(x, features=True)
-            out.append((z, f, project(f)))
-        return out
+        z_s, _, f_s = self.senior(x, features=True)
+        z_j, _, f_j = self.junior(x, features=True)
+        g_s = self.project_s(f_s) if self.project_s else None
+        g_j = self.project_j(f_j) if self.project_j else None
+        return (z_s, f_s, g_s), (z_j, f_j, g_j)
 
 
 # ----------------------------------------------------------------------------------- training
@@ -114,115 +139,191 @@ class Pair(nn.Module):
 
 def segkc_step(
     args: argparse.Namespace,
-    run: common.Run,
     nets: dict[str, nn.Module],
     model: nn.Module,
+    autocast: functools.partial,
     batch: dict,
-    step: int,
+    ramp: float,
 ) -> dict[str, Tensor]:
-    """The losses of a step, "loss" the total. `model` is the Pair, in DDP if there are ranks."""
-    x, y, u = data.normalize(batch["x"]), batch["y"], data.normalize(batch["u"])
-    u1 = data.normalize(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
+    """The losses of a step, "loss" the total. `nets` has junior and senior; `model` is the Pair of
+    them, in DDP if there are ranks."""
+    # Views: x labelled; u weak; u_mix = CutMix(u1) (step 2)
+    x = data.normalize(batch["x"])
+    y = batch["y"]
+    n_x = len(x)
+    u = data.normalize(batch["u"])
+    u1 = data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0]
+    u1 = data.normalize(u1)
     box = data.rect_mask(batch["box"][0], *u.shape[-2:])
+    u_mix = cutmix(u1, box)
+    valid_u = cutmix(batch["u_valid"], box)
+    valid = torch.cat([batch["x_valid"], valid_u])
 
     with torch.no_grad():
-        # Weak views (step 1), in eval mode (reading); y_hat and c are cut like u_mix (step 2).
-        y_hat, c = {}, {}
-        for name, net in nets.items():
+        # Weak views (step 1), in eval mode (reading): y_hat = argmax p, c = max p, cut like u_mix
+        for net in nets.values():
             net.eval()
-            with run.autocast():
-                z = net(u)
+        with autocast():
+            p_s = nets["senior"](u).softmax(1)
+            p_j = nets["junior"](u).softmax(1)
+        for net in nets.values():
             net.train()
-            c[name], y_hat[name] = (cutmix(t, box) for t in z.softmax(1).max(1))
-        u_mix, valid_u = cutmix(u1, box), cutmix(batch["u_valid"], box)
-        valid = torch.cat([batch["x_valid"], valid_u])
+        c_s, label_s = p_s.max(1)
+        c_j, label_j = p_j.max(1)
+        c_s = cutmix(c_s, box)
+        c_j = cutmix(c_j, box)
+        label_s = cutmix(label_s, box)
+        label_j = cutmix(label_j, box)
 
     # Forward with gradient on cat(x, u_mix) (step 3)
-    with run.autocast():
-        (z_s, f_s, g_s), (z_j, f_j, g_j) = model(torch.cat([x, u_mix]))
-    (z_s_x, z_s_u), (z_j_x, z_j_u) = z_s.split(len(x)), z_j.split(len(x))
+    with autocast():
+        out_s, out_j = model(torch.cat([x, u_mix]))
+    z_s, f_s, g_s = out_s
+    z_j, f_j, g_j = out_j
 
     # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
-    sup = args.sup_loss, args.ohem_least
-    loss_sup = 0.5 * sum(common.supervised_loss(z, y, *sup) for z in (z_s_x, z_j_x))
+    sup_s = common.supervised_loss(z_s[:n_x], y, args.sup_loss, args.ohem_least)
+    sup_j = common.supervised_loss(z_j[:n_x], y, args.sup_loss, args.ohem_least)
+    loss_sup = 0.5 * (sup_s + sup_j)
 
     # L_cps = 1/2 [masked_mean(CE(z_S, y_hat_J), c_J >= tau) + the same of z_J and S] (step 5)
-    cps_s = cps_loss(z_s_u, y_hat["junior"], c["junior"], valid_u, args.threshold)
-    cps_j = cps_loss(z_j_u, y_hat["senior"], c["senior"], valid_u, args.threshold)
+    cps_s = cps_loss(z_s[n_x:], label_j, c_j, valid_u, args.threshold)
+    cps_j = cps_loss(z_j[n_x:], label_s, c_s, valid_u, args.threshold)
     loss_cps = 0.5 * (cps_s + cps_j)
 
     # L_j2s = d(g_S(f_S), sg f_J); L_s2j = d(g_J(f_J), sg f_S) (step 6)
-    loss_j2s, loss_s2j = consultation(g_s, f_j, valid), consultation(g_j, f_s, valid)
-    j2s, s2j = args.consult in ("both", "j2s"), args.consult in ("both", "s2j")
+    loss_j2s = torch.zeros_like(loss_sup)
+    loss_s2j = torch.zeros_like(loss_sup)
+    if args.consult in ("both", "j2s"):
+        loss_j2s = consultation(g_s, f_j, valid)
+    if args.consult in ("both", "s2j"):
+        loss_s2j = consultation(g_j, f_s, valid)
 
     # L_kd = KL(sg p_S || p_J) on u_mix (step 7)
-    loss_kd = distillation(z_s_u, z_j_u, valid_u, args.temperature)
+    loss_kd = distillation(z_s[n_x:], z_j[n_x:], valid_u, args.temperature)
 
     # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd (step 8)
-    feat = args.lambda_feat * (j2s * loss_j2s + s2j * loss_s2j) / 2
-    unlabeled = args.lambda_cps * loss_cps + feat + args.lambda_kd * loss_kd
-    loss = loss_sup + run.ramp(step) * unlabeled
-    terms = {"loss": loss, "L_sup": loss_sup, "L_cps": loss_cps, "L_j2s": loss_j2s}
-    terms |= {"L_s2j": loss_s2j, "L_kd": loss_kd}
-    for name in nets:
-        keep = (c[name] >= args.threshold) & valid_u
-        terms[f"confident_{name}"] = masked_mean(torch.ones_like(c[name]), keep, valid_u)
-    return terms
+    loss_feat = (loss_j2s + loss_s2j) / 2
+    unlabeled = args.lambda_cps * loss_cps + args.lambda_feat * loss_feat + args.lambda_kd * loss_kd
+    loss = loss_sup + ramp * unlabeled
+    one = torch.ones_like(c_s)
+    return {
+        "loss": loss,
+        "L_sup": loss_sup,
+        "L_cps": loss_cps,
+        "L_j2s": loss_j2s,
+        "L_s2j": loss_s2j,
+        "L_kd": loss_kd,
+        "confident_junior": masked_mean(one, (c_j >= args.threshold) & valid_u, valid_u),
+        "confident_senior": masked_mean(one, (c_s >= args.threshold) & valid_u, valid_u),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+
+    # ---- ranks: torchrun sets these three; plain python is one process
+    rank, world = common.rank_world()
+    device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(args.seed)  # the same weights on all ranks; batches have seeds of their own
     if args.test_only:
-        common.test(args)
+        common.test(args, device)
         return
 
-    # ---- setup, data
-    run = common.Run(args)
+    # ---- data
+    split = data.load_split(args)
+    common.say(split.line)
+    common.settle(args, split, world, device)
 
-    # ---- networks, optimizer: the junior first, so that its weights are those of other scripts
-    nets, senior_weights = {}, "none" if args.labeled_only else args.senior_weights
-    shared = senior_weights or args.weights in ("imagenet", "none")
-    if not shared and args.senior != args.backbone:
-        raise data.InputError(
-            f"--weights {args.weights}: a file of {args.backbone}; "
-            f"give --senior-weights too: imagenet, none or a file of {args.senior}"
+    # ---- networks: the junior first, so that its weights are those of the other scripts
+    decoder = (len(split.classes), args.output_stride, args.decoder)
+    junior = common.build_network(args.backbone, *decoder)
+    common.say("junior: " + common.load_weights(junior, args.backbone, args.weights))
+    senior = common.build_network(args.senior, *decoder)
+    common.say("senior: " + common.load_weights(senior, args.senior, args.senior_weights))
+    for net in (junior, senior):
+        common.check_crop(net, args.crop_size)
+    if world > 1 and device.type == "cuda":
+        junior = nn.SyncBatchNorm.convert_sync_batchnorm(junior)
+        senior = nn.SyncBatchNorm.convert_sync_batchnorm(senior)
+    # those that are evaluated; the first is for inference
+    nets = {"junior": junior.place(device), "senior": senior.place(device)}
+    if args.compile:
+        for net in nets.values():
+            for part in net.children():  # not the whole: `parts` and `forward` share them
+                part.compile()
+    pair = Pair(senior, junior, args.consult).to(device)
+    model = pair
+    if dist.is_initialized():
+        ids = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(pair, device_ids=ids, gradient_as_bucket_view=True)
+
+    # ---- optimizer: the schedule sets each group's lr from its initial_lr
+    heads = [*senior.head_parameters(), *junior.head_parameters(), *pair.projections()]
+    groups = [
+        {"params": list(senior.backbone.parameters()), "initial_lr": args.lr},
+        {"params": list(junior.backbone.parameters()), "initial_lr": args.lr},
+        {"params": heads, "initial_lr": args.lr * args.head_lr_mult},
+    ]
+    fused = None if args.amp == "fp16" else True  # fused on a CPU would not skip what fp16 skips
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            groups, momentum=0.9, weight_decay=args.weight_decay, fused=fused
         )
-    for name, backbone, weights in (
-        ("junior", args.backbone, args.weights),
-        ("senior", args.senior, senior_weights or args.weights),
-    ):
-        net = build_network(backbone, len(run.split.classes), args.output_stride, args.decoder)
-        size = sum(p.numel() for p in net.parameters()) / 1e6
-        run.say(f"{name}, {size:.2f} M parameters: {load_weights(net, backbone, weights)}")
-        nets[name] = run.place(net)
-    junior, senior = nets["junior"], nets["senior"]
-    pair = Pair(senior, junior).to(run.device)
-    model = run.distribute(junior if args.labeled_only else pair)
-    heads = [*senior.head_parameters(), *junior.head_parameters()]
-    heads += [*pair.project_s.parameters(), *pair.project_j.parameters()]
-    optimizer = run.optimizer(
-        [
-            {"params": senior.backbone.parameters(), "lr": args.lr},
-            {"params": junior.backbone.parameters(), "lr": args.lr},
-            {"params": heads, "lr": args.lr * args.head_lr_mult},
-        ]
-    )
+    else:
+        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
+
+    # ---- precision: forward passes alone are in autocast; losses, softmax and EMA in float32
+    dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---- resume
-    start = run.resume(pair=pair, optimizer=optimizer)
+    state = {"pair": pair, "optimizer": optimizer, "scaler": scaler}
+    start = common.resume(args, split, state)
+    log = common.Log(args, start)
+    common.catch_signals()
+    if log.owes_evaluation(start):
+        common.validate(nets, split, args, device, log, start)
 
     # ---- train
-    for step, batch in enumerate(run.batches(start), start):
-        run.set_lr(optimizer, step)
-        if args.labeled_only:
-            terms = run.supervised(model, batch)
-        else:
-            terms = segkc_step(args, run, nets, model, batch, step)
-        run.update(terms["loss"], optimizer)
-        run.step_done(step, {"junior": junior} if args.labeled_only else nets, terms)
+    batches = data.train_batches(split, args, rank, world, start, device)
+    for step, batch in enumerate(batches, start):
+        # poly: lr (1 - t/T)^0.9; ramp of the unlabelled terms: from 0 to 1 in a share of the run
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1 - step / args.iters) ** 0.9
+        ramp = min(1.0, step / max(1.0, args.ramp * args.iters)) if args.ramp > 0 else 1.0
+
+        losses = segkc_step(args, nets, model, autocast, batch, ramp)
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(losses["loss"]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if world > 1 and device.type == "cpu":  # there is no SyncBN: share the running statistics
+            common.average_buffers(nets.values())
+
+        # ---- log, save, evaluate: saved before evaluated, so that an evaluation can cost no step
+        done = step + 1
+        last = done == args.iters
+        log.add(losses)
+        if done % args.log_every == 0 or last:
+            log.train(done, optimizer, scaler)
+        stop = common.stop_signal(done % args.log_every == 0)
+        evaluate = done % args.eval_every == 0 or last
+        if evaluate or stop or done % args.save_every == 0:
+            common.save(args, split, state, log, done)
+        if stop and not last:
+            log.close(stop)
+        if evaluate:
+            common.validate(nets, split, args, device, log, done)
 
     # ---- teardown
-    run.finish()
+    log.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

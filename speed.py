@@ -13,23 +13,24 @@ mixed views; valid is True where a crop holds image.
 
     torchrun --nproc_per_node=4 speed.py --split 1/16    # plain `python speed.py`: one GPU or none
 
-The paper has no public code: the README lists what is our reading, with its flag; "(step n)" is row
-n of its table. Measured (README): built-in shapes 57.2 mIoU, with CutMix alone 53.9, labelled-only
-41.9 (16 labels, 2400 steps, 3 seeds); on small CamVid images no gain over labelled-only.
+"(step n)" is a row of the table in docs/methods.md. The paper has no public code; that page lists
+which parts are our reading, and their flags.
 """
 
 import argparse
-import itertools
+import functools
+import os
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import common
 import data
 from common import masked_mean
-from networks import build_network, load_weights
 
 PAD_ENTROPY = -1.0  # entropy of a cell without image: below every real one
 
@@ -39,6 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = common.make_parser(__file__, __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
     a = p.add_argument_group("SPEED").add_argument
+    a("--labeled-only", action="store_true", help="the supervised baseline of all methods")
     a("--grid", type=common.STEPS, default=4, help="n: EntropyMix cells a side")
     a("--pick", choices=("max", "min", "random"), default="max", help="entropy of the view taken")
     a("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
@@ -54,93 +56,105 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # --------------------------------------------------------------------------- the paper's pieces
 
 
-def cutmix(t: Tensor, box: Tensor) -> Tensor:
-    """t [B, ..., H, W], but its partner's inside `box` [B, H, W] bool.
+def cutmix(values: Tensor, box: Tensor) -> Tensor:
+    """values [B, ..., H, W], but the partner's inside `box` [B, H, W] bool.
 
     The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
     the same rank however many ranks there are, and never the image itself.
     """
-    pi = torch.arange(len(t), device=t.device) ^ 1
-    return torch.where(box if t.dim() == 3 else box[:, None], t[pi], t)
+    pi = torch.arange(len(values), device=values.device) ^ 1
+    if values.dim() == 4:
+        box = box[:, None]
+    return torch.where(box, values[pi], values)
 
 
-def cell_entropy(z: Tensor, valid: Tensor, n: int) -> Tensor:
-    """Mean of H = -sum_k p_k log p_k over the valid pixels of a cell: z to [B, n, n]."""
+def entropy(z: Tensor) -> Tensor:
+    """H = -sum_k p_k log p_k of logits [B, C, H, W]: [B, H, W] (step 4)."""
     log_p = z.log_softmax(1)
-    entropy = -(log_p.exp() * log_p).sum(1) * valid  # [B, H, W]
-    total, count = (cell_sum(t, n) for t in (entropy, valid.float()))
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def cell_mean(values: Tensor, valid: Tensor, n: int) -> Tensor:
+    """Mean of [B, H, W] over the valid pixels of each cell of an n x n grid: [B, n, n] (step 4).
+
+    PAD_ENTROPY where a cell holds no image.
+    """
+    total = cell_sum(values * valid, n)
+    count = cell_sum(valid.float(), n)
     return torch.where(count > 0, total / count.clamp_min(1), PAD_ENTROPY)
 
 
-def cell_sum(t: Tensor, n: int) -> Tensor:
-    """Sums [B, H, W] over the cells of an n x n grid with edges floor(i H / n)."""
-    for dim in (1, 2):
-        size = t.shape[dim]
-        edges = [i * size // n for i in range(n + 1)]
-        t = torch.stack(
-            [t.narrow(dim, a, b - a).sum(dim) for a, b in itertools.pairwise(edges)], dim
-        )
-    return t
+def cell_sum(values: Tensor, n: int) -> Tensor:
+    """Sums of [B, H, W] over the cells of an n x n grid with edges floor(i H / n): [B, n, n]."""
+    height, width = values.shape[1:]
+    rows = []
+    for i in range(n):
+        rows.append(values[:, i * height // n : (i + 1) * height // n].sum(1))
+    values = torch.stack(rows, 1)  # [B, n, W]
+    columns = []
+    for i in range(n):
+        columns.append(values[:, :, i * width // n : (i + 1) * width // n].sum(2))
+    return torch.stack(columns, 2)  # [B, n, n]
 
 
-def pick_view(h1: Tensor, h2: Tensor, pick: str) -> Tensor:
-    """EntropyMix: True where a cell [B, n, n] is the second view's; padding never wins."""
-    empty = (h1 < 0) | (h2 < 0)
-    return torch.where(empty | (pick != "min"), h2 > h1, h2 < h1)
+def cells_to_pixels(cells: Tensor, height: int, width: int) -> Tensor:
+    """Spreads cells [B, n, n] over pixels [B, H, W], with the same edges as `cell_sum`."""
+    n = cells.shape[-1]
+    row = (torch.arange(height, device=cells.device) * n + n - 1) // height
+    column = (torch.arange(width, device=cells.device) * n + n - 1) // width
+    return cells[:, row][:, :, column]
 
 
-def coins(args: argparse.Namespace, run: common.Run, step: int) -> Tensor:
-    """For --pick random: a number in [0, 1) for each cell [B, n, n] of this rank's samples."""
-    size = (args.grid, args.grid)
-    drawn = [data.rng(args.seed, "coin", step, p).random(size) for p in run.positions]
-    return run.put(torch.tensor(np.stack(drawn), dtype=torch.float32))
+def pick_view(h_1: Tensor, h_2: Tensor, pick: str, coin: Tensor | None = None) -> Tensor:
+    """EntropyMix (step 5): True where a cell [B, n, n] is taken from the second view.
 
-
-def cells_to(second: Tensor, size: torch.Size) -> Tensor:
-    """Spreads cells [B, n, n] over a map of `size` = (H, W), with the same edges as `cell_sum`."""
-    n = second.shape[-1]
-    row, col = ((torch.arange(s, device=second.device) * n + n - 1) // s for s in size)
-    return second[:, row][:, :, col]
-
-
-def mixed_image(
-    u1: Tensor, u2: Tensor, box1: Tensor, box2: Tensor, second: Tensor
-) -> tuple[Tensor, Tensor]:
-    """m, and box_m [B, H, W], True where a pixel of m is the partner's.
-
-    Both views have the targets of u, so mixing the two cut targets is one cut with box_m:
-    where(second, cutmix(t, box2), cutmix(t, box1)) = cutmix(t, where(second, box2, box1)).
+    `pick`: the view of higher ("max") or lower ("min") entropy; "random": by coin [B, n, n] in
+    [0, 1). A cell without image in one view is taken from the other, whatever `pick`.
     """
-    m = torch.where(second[:, None], cutmix(u2, box2), cutmix(u1, box1))
-    return m, torch.where(second, box2, box1)
+    if pick == "max":
+        second = h_2 > h_1
+    elif pick == "min":
+        second = h_2 < h_1
+    else:
+        second = coin < 0.5
+    empty = (h_1 < 0) | (h_2 < 0)
+    return torch.where(empty, h_2 > h_1, second)
+
+
+def draw_coins(seed: int, step: int, positions: list[int], n: int) -> Tensor:
+    """For --pick random: a number in [0, 1) for each cell [B, n, n] of the samples at a step."""
+    drawn = [data.rng(seed, "coin", step, p).random((n, n)) for p in positions]
+    return torch.tensor(np.stack(drawn), dtype=torch.float32)
 
 
 def logit_loss(z_t: Tensor, z_m: Tensor, valid_m: Tensor, t: float) -> Tensor:
     """L_logit = mean over valid_m of KL(softmax(z_T / t) || softmax(z_m / t)) t^2 (step 8)."""
-    log_t, log_m = (z_t / t).log_softmax(1), (z_m / t).log_softmax(1)
+    log_t = (z_t / t).log_softmax(1)
+    log_m = (z_m / t).log_softmax(1)
     kl = (log_t.exp() * (log_t - log_m)).sum(1)  # [B, H, W]
     return masked_mean(kl, valid_m, valid_m) * t**2
 
 
-def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, sharp: float = 0.1) -> Tensor:
-    """L_feat (step 9): KL(S_T || S_m), S = row-softmax(f f^T / sharp), f unit at stride 16.
+def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, temperature: float = 0.1) -> Tensor:
+    """L_feat (step 9): KL(S_T || S_m), S = row-softmax(f f^T / temperature), f unit at stride 16.
 
     f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Mostly padded cells are no row and no column of S.
     """
     pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # cells: 4; ViT 1, DPT 9
     share = F.interpolate(valid_m[:, None].float(), f_m.shape[-2:], mode="area")
-    maps = (f_t.float(), f_m.float(), share)
-    f_t, f_m, cells = (F.avg_pool2d(t, pool, ceil_mode=True) for t in maps)
-    cells = cells.flatten(1) > 0.5  # [B, N]
-
-    def log_s(f: Tensor) -> Tensor:
-        f = F.normalize(f.flatten(2), dim=1)
-        s = f.transpose(1, 2) @ f / sharp
-        return s.masked_fill(~cells[:, None], -1e4).log_softmax(2)  # [B, N, N]
-
-    log_s_t, log_s_m = log_s(f_t), log_s(f_m)
+    share = F.avg_pool2d(share, pool, ceil_mode=True)
+    cells = share.flatten(1) > 0.5  # [B, N]
+    log_s_t = log_relations(F.avg_pool2d(f_t.float(), pool, ceil_mode=True), cells, temperature)
+    log_s_m = log_relations(F.avg_pool2d(f_m.float(), pool, ceil_mode=True), cells, temperature)
     kl = (log_s_t.exp() * (log_s_t - log_s_m)).sum(2)  # [B, N]
     return masked_mean(kl, cells, cells)
+
+
+def log_relations(f: Tensor, cells: Tensor, temperature: float) -> Tensor:
+    """log S [B, N, N] of features [B, A, h, w]; `cells` [B, N]: True for a column of S."""
+    f = F.normalize(f.flatten(2), dim=1)  # [B, A, N]
+    s = f.transpose(1, 2) @ f / temperature
+    return s.masked_fill(~cells[:, None], -1e4).log_softmax(2)
 
 
 # ----------------------------------------------------------------------------------- training
@@ -148,53 +162,77 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, sharp: float = 0.1)
 
 def speed_step(
     args: argparse.Namespace,
-    run: common.Run,
     net: nn.Module,
     model: nn.Module,
+    autocast: functools.partial,
     batch: dict,
-    step: int,
+    ramp: float,
 ) -> dict[str, Tensor]:
     """The losses of a step, "loss" the total. `model` is `net`, in DDP if there are ranks."""
-    # Views (step 1): x labelled; u, u1, u2 of one unlabelled crop; u1 and u2 CutMixed, own boxes.
-    x, y, valid = data.normalize(batch["x"]), batch["y"], batch["u_valid"]
-    strong = data.strong_views(batch["u"], batch["strong"], batch["order"])
-    u, u1, u2 = (data.normalize(v) for v in (batch["u"], *strong))
-    box1, box2 = (data.rect_mask(b, *u.shape[-2:]) & args.host_cutmix for b in batch["box"])
+    # Views (step 1): x labelled; u, u1, u2 of one unlabelled crop; u1, u2 CutMixed with own boxes
+    x = data.normalize(batch["x"])
+    y = batch["y"]
+    valid = batch["u_valid"]
+    u = data.normalize(batch["u"])
+    u1, u2 = data.strong_views(batch["u"], batch["strong"], batch["order"])
+    u1 = data.normalize(u1)
+    u2 = data.normalize(u2)
+    height, width = u.shape[-2:]
+    box_1 = torch.zeros_like(valid)
+    box_2 = torch.zeros_like(valid)
+    if args.host_cutmix:
+        box_1 = data.rect_mask(batch["box"][0], height, width)
+        box_2 = data.rect_mask(batch["box"][1], height, width)
+        u1 = cutmix(u1, box_1)
+        u2 = cutmix(u2, box_2)
 
     with torch.no_grad():
-        # Step 2, in eval mode: z_u, f_u = net(u); z_1 = net(u1); z_2 = net(u2)
+        # Predictions (step 2), in eval mode: z_u, f_u = net(u); z_1 = net(u1); z_2 = net(u2)
         net.eval()
-        views = [u, cutmix(u1, box1), cutmix(u2, box2)] if args.entropy_mix else [u]
-        with run.autocast():
-            z, f, _ = net(torch.cat(views), features=True)
+        with autocast():
+            if args.entropy_mix:
+                z, f, _ = net(torch.cat([u, u1, u2]), features=True)
+            else:
+                z, f, _ = net(u, features=True)
         net.train()
-        z_u, f_u, z_12 = z[: len(u)], f[: len(u)], z[len(u) :].chunk(2)
+        z_u = z[: len(u)]
+        f_u = f[: len(u)]
 
-        # EntropyMix (steps 4, 5): a cell of m is of the view with the higher entropy H_v
-        second = torch.zeros_like(box1)
+        # EntropyMix (steps 4, 5): m takes each cell from the view with the higher entropy H_v.
+        # Both views have the targets of u, so cutting and mixing them is one cut, with box_m.
+        m = u1
+        box_m = box_1
         if args.entropy_mix:
-            valid_12 = cutmix(valid, box1), cutmix(valid, box2)
-            h1, h2 = (cell_entropy(*v, args.grid) for v in zip(z_12, valid_12, strict=True))
+            z_1 = z[len(u) : 2 * len(u)]
+            z_2 = z[2 * len(u) :]
+            h_1 = cell_mean(entropy(z_1), cutmix(valid, box_1), args.grid)
+            h_2 = cell_mean(entropy(z_2), cutmix(valid, box_2), args.grid)
+            coin = None
             if args.pick == "random":
-                coin, empty = coins(args, run, step), (h1 < 0) | (h2 < 0)
-                h1, h2 = torch.where(empty, h1, coin), torch.where(empty, h2, 0.5)
-            second = cells_to(pick_view(h1, h2, args.pick), u.shape[-2:])
-        m, box_m = mixed_image(u1, u2, box1, box2, second)
+                coin = draw_coins(args.seed, batch["step"], batch["positions"], args.grid)
+                coin = data.to_device(coin, u.device)
+            second = pick_view(h_1, h_2, args.pick, coin)
+            second = cells_to_pixels(second, height, width)  # [B, H, W]
+            m = torch.where(second[:, None], u2, u1)
+            box_m = torch.where(second, box_2, box_1)
 
         # Targets (steps 3, 5), cut like m: c = max_k p_k, y_hat = argmax_k p_k, z_T, f_T
-        z_t, valid_m = cutmix(z_u, box_m), cutmix(valid, box_m)
+        valid_m = cutmix(valid, box_m)
+        z_t = cutmix(z_u, box_m)
         f_t = cutmix(f_u, common.resize_mask(box_m, f_u.shape[-2:]))
         confidence, pseudo_label = z_t.softmax(1).max(1)
         keep = (confidence >= args.threshold) & valid_m
 
     # One forward with gradient (step 6): z_x, z_m, f_m
-    with run.autocast():
+    with autocast():
         z, f, _ = model(torch.cat([x, m]), features=True)
-    (z_x, z_m), f_m = z.split(len(x)), f[len(x) :]
+    z_x = z[: len(x)]
+    z_m = z[len(x) :]
+    f_m = f[len(x) :]
 
     # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)
     loss_x = common.supervised_loss(z_x, y, args.sup_loss, args.ohem_least)
-    ce = F.cross_entropy(z_m, pseudo_label, reduction="none")
+    ce = F.cross_entropy(z_m, pseudo_label, reduction="none")  # [B, H, W]
     loss_u = masked_mean(ce, keep, valid_m)
 
     # L_logit and L_feat: distillation from z_T and f_T (steps 8, 9)
@@ -203,44 +241,127 @@ def speed_step(
 
     # L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit) (step 10)
     unlabeled = args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
-    loss = 0.5 * (loss_x + run.ramp(step) * unlabeled)
-    confident = masked_mean(torch.ones_like(ce), keep, valid_m)
-    terms = {"loss": loss, "L_x": loss_x, "L_u": loss_u, "L_feat": loss_feat}
-    return terms | {"L_logit": loss_logit, "confident": confident}
+    loss = 0.5 * (loss_x + ramp * unlabeled)
+    return {
+        "loss": loss,
+        "L_x": loss_x,
+        "L_u": loss_u,
+        "L_feat": loss_feat,
+        "L_logit": loss_logit,
+        "confident": masked_mean(torch.ones_like(ce), keep, valid_m),
+    }
+
+
+def supervised_step(
+    args: argparse.Namespace, model: nn.Module, autocast: functools.partial, batch: dict
+) -> dict[str, Tensor]:
+    """--labeled-only: L = CE(model(x), y), or OHEM."""
+    with autocast():
+        z_x = model(data.normalize(batch["x"]))
+    loss = common.supervised_loss(z_x, batch["y"], args.sup_loss, args.ohem_least)
+    return {"loss": loss}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+
+    # ---- ranks: torchrun sets these three; plain python is one process
+    rank, world = common.rank_world()
+    device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(args.seed)  # the same weights on all ranks; batches have seeds of their own
     if args.test_only:
-        common.test(args)
+        common.test(args, device)
         return
 
-    # ---- setup, data
-    run = common.Run(args)
+    # ---- data
+    split = data.load_split(args)
+    common.say(split.line)
+    common.settle(args, split, world, device)
 
-    # ---- network, optimizer
-    net = build_network(args.backbone, len(run.split.classes), args.output_stride, args.decoder)
-    run.say(load_weights(net, args.backbone, args.weights))
-    net = run.place(net)
-    model = run.distribute(net)
-    head = {"params": net.head_parameters(), "lr": args.lr * args.head_lr_mult}
-    optimizer = run.optimizer([{"params": net.backbone.parameters(), "lr": args.lr}, head])
+    # ---- network
+    net = common.build_network(args.backbone, len(split.classes), args.output_stride, args.decoder)
+    common.check_crop(net, args.crop_size)
+    common.say(common.load_weights(net, args.backbone, args.weights))
+    if world > 1 and device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net = net.place(device)
+    if args.compile:
+        for part in net.children():  # not the whole: `parts` and `forward` share them
+            part.compile()
+    model = net
+    if dist.is_initialized():
+        ids = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+
+    # ---- optimizer: the schedule sets each group's lr from its initial_lr
+    groups = [
+        {"params": list(net.backbone.parameters()), "initial_lr": args.lr},
+        {"params": net.head_parameters(), "initial_lr": args.lr * args.head_lr_mult},
+    ]
+    fused = None if args.amp == "fp16" else True  # fused on a CPU would not skip what fp16 skips
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            groups, momentum=0.9, weight_decay=args.weight_decay, fused=fused
+        )
+    else:
+        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
+
+    # ---- precision: forward passes alone are in autocast; losses, softmax and EMA in float32
+    dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---- resume
-    start = run.resume(net=net, optimizer=optimizer)
+    nets = {"net": net}  # those that are evaluated; the first is for inference
+    state = {"net": net, "optimizer": optimizer, "scaler": scaler}
+    start = common.resume(args, split, state)
+    log = common.Log(args, start)
+    common.catch_signals()
+    if log.owes_evaluation(start):
+        common.validate(nets, split, args, device, log, start)
 
     # ---- train
-    for step, batch in enumerate(run.batches(start), start):
-        run.set_lr(optimizer, step)
+    unlabeled = not args.labeled_only
+    batches = data.train_batches(split, args, rank, world, start, device, unlabeled)
+    for step, batch in enumerate(batches, start):
+        # poly: lr (1 - t/T)^0.9; ramp of the unlabelled terms: from 0 to 1 in a share of the run
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1 - step / args.iters) ** 0.9
+        ramp = min(1.0, step / max(1.0, args.ramp * args.iters)) if args.ramp > 0 else 1.0
+
         if args.labeled_only:
-            terms = run.supervised(model, batch)
+            losses = supervised_step(args, model, autocast, batch)
         else:
-            terms = speed_step(args, run, net, model, batch, step)
-        run.update(terms["loss"], optimizer)
-        run.step_done(step, {"net": net}, terms)
+            losses = speed_step(args, net, model, autocast, batch, ramp)
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(losses["loss"]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if world > 1 and device.type == "cpu":  # there is no SyncBN: share the running statistics
+            common.average_buffers(nets.values())
+
+        # ---- log, save, evaluate: saved before evaluated, so that an evaluation can cost no step
+        done = step + 1
+        last = done == args.iters
+        log.add(losses)
+        if done % args.log_every == 0 or last:
+            log.train(done, optimizer, scaler)
+        stop = common.stop_signal(done % args.log_every == 0)
+        evaluate = done % args.eval_every == 0 or last
+        if evaluate or stop or done % args.save_every == 0:
+            common.save(args, split, state, log, done)
+        if stop and not last:
+            log.close(stop)
+        if evaluate:
+            common.validate(nets, split, args, device, log, done)
 
     # ---- teardown
-    run.finish()
+    log.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
