@@ -193,9 +193,9 @@ def augmented_logits(
     return augment(z, label, net.classifier.weight, stats.var, strength)
 
 
-def pseudo_ce(aug: Tensor, label: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
-    """masked_mean(CE(z~, label), keep and valid): aug [B, C, h2, w2] by another's label."""
-    ce = F.cross_entropy(aug, label, reduction="none")  # [B, h2, w2]
+def pseudo_ce(log_p: Tensor, label: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
+    """masked_mean(CE(z~, label), keep and valid): log_p [B, C, h2, w2] of z~, another's label."""
+    ce = F.nll_loss(log_p, label, reduction="none")  # [B, h2, w2]
     return masked_mean(ce, keep & valid, valid)
 
 
@@ -307,13 +307,15 @@ def mkd_step(
     keep_t2 = half_t2.softmax(1).amax(1) >= args.threshold
 
     # L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1): from the other student's teacher (step 12)
-    loss_st1 = pseudo_ce(aug_s1, label_t2, keep_t2, valid)
-    loss_st2 = pseudo_ce(aug_s2, label_t1, keep_t1, valid)
+    log_s1 = aug_s1.log_softmax(1)
+    log_s2 = aug_s2.log_softmax(1)
+    loss_st1 = pseudo_ce(log_s1, label_t2, keep_t2, valid)
+    loss_st2 = pseudo_ce(log_s2, label_t1, keep_t1, valid)
     loss_st = loss_st1 + loss_st2
 
     # L_ss = CE(z~_S1, t_S2) + CE(z~_S2, t_S1): the students teach each other (step 13)
-    loss_ss1 = pseudo_ce(aug_s1, label_s2, keep_s2, valid)
-    loss_ss2 = pseudo_ce(aug_s2, label_s1, keep_s1, valid)
+    loss_ss1 = pseudo_ce(log_s1, label_s2, keep_s2, valid)
+    loss_ss2 = pseudo_ce(log_s2, label_s1, keep_s1, valid)
     loss_ss = loss_ss1 + loss_ss2
 
     # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss (step 14)
