@@ -496,8 +496,18 @@ def average_buffers(nets: Iterable[nn.Module]) -> None:
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest cells of a bool map: [B, H, W] to [B, *size]."""
-    return F.interpolate(mask[:, None].float(), size, mode="nearest")[:, 0] > 0.5
+    """A mask or label [B, H, W] at the pixels nearest to the cells of a map: [B, *size].
+
+    Corners are aligned as in `upsample`: cell i of h reads pixel round(i (H - 1) / (h - 1)).
+    """
+    row = _nearest_pixels(mask.shape[1], size[0], mask.device)
+    column = _nearest_pixels(mask.shape[2], size[1], mask.device)
+    return mask[:, row][:, :, column]
+
+
+def _nearest_pixels(pixels: int, cells: int, device: torch.device) -> Tensor:
+    gaps = max(1, cells - 1)
+    return (torch.arange(cells, device=device) * 2 * (pixels - 1) + gaps) // (2 * gaps)
 
 
 def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
@@ -584,7 +594,8 @@ def evaluate(
 
     Batches are made of the whole set, then dealt to the ranks: as their content does not depend
     on the number of ranks, neither does rounding. Each network sees images padded to its own grid,
-    so that its score does not depend on its partners.
+    so that its score does not depend on its partners, and to a size congruent to the crop: with
+    aligned corners, cells then lie as far apart as they did in training.
     """
     rank, world = rank_world()
     classes = len(split.classes)
@@ -594,7 +605,7 @@ def evaluate(
     modes = {net: net.training for net in nets.values()}
     for grid in {net.backbone.grid for net in nets.values()}:
         alike = {name: net.eval() for name, net in nets.items() if net.backbone.grid == grid}
-        batches = data.ValBatches(split.val, classes, grid)
+        batches = data.ValBatches(split.val, classes, grid, args.crop_size)
         for batch in data.val_batches(batches, rank, world, args.workers, device):
             for name, net in alike.items():
                 prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
@@ -608,7 +619,8 @@ def evaluate(
 @torch.no_grad()
 def predict_image(net: Segmenter, image: Image.Image, settings: argparse.Namespace) -> np.ndarray:
     """Class ids [H, W] uint8 of a PIL image by a network in eval mode, padded as in evaluation."""
-    height, width = data.ValBatches([], 1, net.backbone.grid).padded(image.size)
+    batches = data.ValBatches([], 1, net.backbone.grid, settings.crop_size)
+    height, width = batches.padded(image.size)
     padded = Image.new("RGB", (width, height), data.FILL)
     padded.paste(image.convert("RGB"))
     x = torch.from_numpy(np.array(padded)).to(next(net.parameters()).device)  # [H, W, 3]

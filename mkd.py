@@ -159,6 +159,11 @@ class ClassStatistics(nn.Module):
         self.count.add_(n[:, 0])
 
 
+def halve(maps: Tensor) -> Tensor:
+    """2x2 means of [B, C, h, w]: [B, C, h2, w2]; the last row of an odd map is its own (step 6)."""
+    return F.avg_pool2d(maps, 2, ceil_mode=True)
+
+
 def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:
     """z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a for pixels of class y = label.
 
@@ -189,7 +194,7 @@ def augmented_logits(
     """
     own = z[len(y) :].detach().argmax(1)
     label = torch.cat([y, own]).where(valid, data.IGNORE)
-    stats.update(F.avg_pool2d(f.detach(), 2), label)
+    stats.update(halve(f.detach()), label)
     return augment(z, label, net.classifier.weight, stats.var, strength)
 
 
@@ -271,16 +276,16 @@ def mkd_step(
     loss_sup2 = common.supervised_loss(z_x2, y, args.sup_loss, args.ohem_least)
 
     # The rest, labelled and unlabelled together, at half of the stride-4 resolution (step 6)
-    half_s1 = F.avg_pool2d(z_s1, 2)  # [B, C, h2, w2]
-    half_s2 = F.avg_pool2d(z_s2, 2)
-    half_t1 = F.avg_pool2d(z_t1, 2)
-    half_t2 = F.avg_pool2d(z_t2, 2)
-    size = half_s1.shape[-2:]
-    half_y = F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long()
+    half_s1 = halve(z_s1)  # [B, C, h2, w2]
+    half_s2 = halve(z_s2)
+    half_t1 = halve(z_t1)
+    half_t2 = halve(z_t2)
+    size = z_s1.shape[-2:]
+    half_y = common.resize_mask(y, size)[:, ::2, ::2]
     valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], M)])
     if args.keep_padding:
         valid = torch.ones_like(valid)
-    valid = common.resize_mask(valid, size)
+    valid = common.resize_mask(valid, size)[:, ::2, ::2]
 
     # z~ of each network (steps 7 to 10), lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
