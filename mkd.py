@@ -272,8 +272,8 @@ def mkd_step(
     # L_sup,i = CE(S_i(x), y) at full resolution (step 5)
     z_x1 = common.upsample(z_s1[:n_x], y.shape[-2:])
     z_x2 = common.upsample(z_s2[:n_x], y.shape[-2:])
-    loss_sup1 = common.supervised_loss(z_x1, y, args.sup_loss, args.ohem_least)
-    loss_sup2 = common.supervised_loss(z_x2, y, args.sup_loss, args.ohem_least)
+    loss_sup1 = common.supervised_loss(z_x1, y, args.sup_loss, args.ohem_share)
+    loss_sup2 = common.supervised_loss(z_x2, y, args.sup_loss, args.ohem_share)
 
     # The rest, labelled and unlabelled together, at half of the stride-4 resolution (step 6)
     half_s1 = halve(z_s1)  # [B, C, h2, w2]
