@@ -41,6 +41,7 @@ from data import COUNT, POSITIVE, SHARE, STEPS, WEIGHT, InputError
 
 CNNS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 DINOV2 = {"dinov2_vits14": (384, 6), "dinov2_vitb14": (768, 12)}  # width, attention heads
+DPT_WIDTHS = {384: ((48, 96, 192, 384), 64), 768: ((96, 192, 384, 768), 128)}  # maps, features
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}_pretrain.pth"
 BACKBONES = (*CNNS, *DINOV2)
 
@@ -236,12 +237,11 @@ class Fusion(nn.Module):
 
 
 class DPTDecoder(nn.Module):
-    """Four maps [B, width, h, w] to a feature [B, 64, 8h, 8w], the input of the classifier."""
+    """Four maps [B, width, h, w] to the classifier's input [B, features, 8h, 8w]."""
 
-    def __init__(
-        self, width: int, steps: tuple[int, ...] = (48, 96, 192, 384), features: int = 64
-    ) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
+        steps, features = DPT_WIDTHS[width]
         self.project = nn.ModuleList(nn.Conv2d(width, s, 1) for s in steps)
         self.resize = nn.ModuleList(
             (
@@ -342,14 +342,15 @@ class DeepLabV3Plus(Segmenter):
 
 
 class DPT(Segmenter):
-    """DINOv2 with the DPT decoder; f is [B, 64, 8h, 8w] for h x w patches."""
+    """DINOv2 with the DPT decoder; f is [B, 64, 8h, 8w] for h x w patches, 128 of ViT-B."""
 
     def __init__(self, backbone: str, num_classes: int) -> None:
         super().__init__()
         self.config = dict(backbone=backbone, num_classes=num_classes, decoder="dpt")
         self.backbone = DINOv2(backbone)
-        self.decode = DPTDecoder(self.backbone.channels[-1])
-        self.classifier = nn.Conv2d(64, num_classes, 1)
+        width = self.backbone.channels[-1]
+        self.decode = DPTDecoder(width)
+        self.classifier = nn.Conv2d(DPT_WIDTHS[width][1], num_classes, 1)
 
 
 def build_network(
