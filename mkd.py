@@ -142,15 +142,14 @@ class ClassStatistics(nn.Module):
         f = f.flatten(2).transpose(1, 2).to(self.mean.dtype)  # [B, h2 w2, A]
         classes = torch.arange(len(self.count), device=f.device)
         member = (label.flatten(1)[:, None] == classes[:, None]).to(f.dtype)  # [B, C, h2 w2]
-        # n_c [C, 1]; the batch's mean mu^_c and biased variance sigma^2_c, over all ranks
-        n = member.sum((0, 2))[:, None]
-        first = (member @ f).sum(0)  # [C, A]
-        second = (member @ f.square()).sum(0)
-        sums = common.rank_sum(torch.cat([n, first, second], 1))  # [C, 1 + 2 A]
+        # n_c [C, 1], mu^_c, sigma^2_c of the batch over all ranks; two passes: E f^2 - mean^2 would
+        # lose all digits where the mean is much larger than the deviation
+        counts = member.sum((0, 2))[:, None]
+        sums = common.rank_sum(torch.cat([counts, (member @ f).sum(0)], 1))  # [C, 1 + A]
         n = sums[:, :1]
-        width = f.shape[2]
-        mean = sums[:, 1 : 1 + width] / n.clamp_min(1)
-        var = (sums[:, 1 + width :] / n.clamp_min(1) - mean.square()).clamp_min(0)
+        mean = sums[:, 1:] / n.clamp_min(1)
+        deviation = f - member.transpose(1, 2) @ mean  # [B, h2 w2, A]
+        var = common.rank_sum((member @ deviation.square()).sum(0)) / n.clamp_min(1)
         # w_c = n_c / (n_c + N_c);  mu <- (1-w) mu + w mean
         # Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2
         w = (n / (n + self.count[:, None]).clamp_min(1)).to(mean.dtype)
