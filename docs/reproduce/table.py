@@ -1,4 +1,4 @@
-"""Prints the table of finished runs: from their folders, or from the results that run_table.py kept.
+"""Prints the table of finished runs, from their folders or from what run_table.py kept of them.
 
 python docs/reproduce/table.py docs/results/shapes.jsonl              # a Markdown table
 python docs/reproduce/table.py docs/results/shapes.jsonl --classes    # and the IoU of each class
