@@ -1,248 +1,405 @@
-"""The tools beside the tests: what turns runs into a table, and CamVid into our layout."""
+"""docs/reproduce: what runs a table, prints it, and makes its data."""
 
+import importlib
 import json
-import shutil
+import re
+import signal
 import subprocess
 import sys
-from argparse import Namespace
+import time
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
-import torch
-from datasets import blobs, make_folder, noise, save
 from PIL import Image
 
 import data
 
-HERE = Path(__file__).resolve().parent
+REPO = Path(__file__).resolve().parents[1]
+TOOLS = REPO / "docs/reproduce"
+sys.path.insert(0, str(TOOLS))
+import camvid  # noqa: E402
+import run_table  # noqa: E402
+import table  # noqa: E402
+import voc_animals  # noqa: E402
+
+# A script that only counts: it has the files, signals and exit statuses of the real ones.
+FAKE = """
+import argparse, json, os, pathlib, signal, sys, time
+p = argparse.ArgumentParser()
+p.add_argument("--iters", type=int, default=4)
+p.add_argument("--nap", type=float, default=0.0)
+p.add_argument("--miou", type=float, default=50.0)
+p.add_argument("--fail", action="store_true")
+p.add_argument("--labeled-only", action="store_true")
+p.add_argument("--weights", type=pathlib.Path)
+p.add_argument("--out", type=pathlib.Path)
+a = p.parse_args()
+stop = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: stop.append(number))
+a.out.mkdir(parents=True, exist_ok=True)
+(a.out / "args.json").write_text(json.dumps(vars(a), default=str))
+if a.fail or (a.weights and not a.weights.exists()):
+    sys.exit("error: no luck")
+latest = a.out / "latest.pt"
+start = int(latest.read_text()) if latest.exists() else 0
+print("threads", os.environ["OMP_NUM_THREADS"], "from", start, flush=True)
+def log(kind, **line):
+    with open(a.out / "log.jsonl", "a") as f:
+        f.write(json.dumps({"kind": kind} | line) + "\\n")
+for step in range(start + 1, a.iters + 1):
+    time.sleep(a.nap)
+    log("train", step=step)
+    if step == a.iters:
+        log("eval", step=step, miou=a.miou, iou={"sky": 2 * a.miou, "sea": None})
+        (a.out / "best.pt").write_text("")
+    if stop or step == a.iters:
+        latest.write_text(str(step))
+    if stop and step < a.iters:
+        sys.exit(128 + stop[0])
+"""
 
 
 def call(*words: object) -> subprocess.CompletedProcess:
+    """A command of this Python."""
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-def write_run(run: Path, steps: int, *miou: float) -> None:
-    """A folder with the evaluations at steps 10, 20, ... of a run of `steps` steps."""
-    run.mkdir(parents=True)
-    (run / "args.json").write_text(json.dumps({"iters": steps, "lr": 0.1, "out": str(run)}))
-    lines = [{"kind": "train", "step": 5, "loss": 1.0}]
-    for k, v in enumerate(miou, 1):
-        iou = {"sky": 2 * v, "sea": None}  # sea: in no val image and in no prediction
-        lines.append({"kind": "eval", "step": 10 * k, "miou": v, "iou": iou})
-    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+class Place:
+    """A folder with a plan, to be run there."""
+
+    def __init__(self, root: Path, *lines: str) -> None:
+        self.root, self.out, self.results = root, root / "runs/plan", root / "results.jsonl"
+        (root / "fake.py").write_text(FAKE)
+        self.plan(*lines)
+
+    def plan(self, *lines: str) -> None:
+        """Writes the plan."""
+        text = "\n".join([f"FAKE = {self.root}/fake.py", *lines])
+        (self.root / "plan.txt").write_text(text + "\n")
+
+    def words(self, *flags: object) -> list[object]:
+        """The command that runs the plan."""
+        words = [TOOLS / "run_table.py", self.root / "plan.txt", "--runs", self.root / "runs"]
+        return [*words, "--results", self.results, *flags]
+
+    def run(self, *flags: object) -> subprocess.CompletedProcess:
+        """Runs the plan to its end."""
+        return call(*self.words(*flags))
+
+    def begin(self) -> subprocess.Popen:
+        """Starts to run the plan, and returns when the first step of a run is done."""
+        words = [sys.executable, *map(str, self.words())]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        wait_for(lambda: list(self.out.glob("*/log.jsonl")))
+        return process
+
+    def records(self) -> dict[str, dict]:
+        """What the results hold."""
+        return table.load(self.results)
 
 
-def test_table(tmp_path):
-    """Guards: unfinished runs counted, best taken for last, seeds mixed with other runs."""
-    write_run(tmp_path / "a-s0", 30, 10.0, 50.0, 40.0)
-    write_run(tmp_path / "a-s1", 30, 10.0, 20.0, 44.0)
-    write_run(tmp_path / "a-s2", 30, 10.0, 20.0)
-    write_run(tmp_path / "b-s0", 20, 1.0, 3.0)
-    (tmp_path / "no run").mkdir()
-    p = call(HERE / "table.py", *sorted(tmp_path.iterdir()), "--curves", tmp_path / "c.png")
+def wait_for(condition) -> None:
+    """Returns when `condition()` is true."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def started(text: str) -> list[str]:
+    """The names of the runs that were started, in their order."""
+    return re.findall(r"\] ([\w-]+): started", text)
+
+
+def test_what_the_results_hold_is_not_run_again(tmp_path):
+    """Guards: order, flags and evaluations kept, a run run twice, another command unnoticed."""
+    lines = ["M = 30", "MIOU = --miou $M", "b-s0: python $FAKE $MIOU --nap 0.01"]
+    place = Place(tmp_path, "# a comment", "", *lines, "a-s0: python $FAKE")
+    p = place.run("--only", "s0", "--parallel", 2, "--set", "M=40")
     assert p.returncode == 0, p.stderr
-    assert p.stdout.splitlines()[2:] == [
-        "| `a` | 30 | 2 | 42.0 ± 2.8 | 47.0 |",
-        "| `b` | 20 | 1 | 3.0 | 3.0 |",
-    ]
-    assert "a-s2: not finished" in p.stderr
-    # saved results print the same table, hold no paths, and grow by a second call
-    saved = tmp_path / "saved.jsonl"
-    for names in (["a-s0", "a-s1"], ["b-s0"]):
-        assert call(HERE / "table.py", *(tmp_path / n for n in names), "--save", saved).stdout
-    classes = call(HERE / "table.py", saved, "--classes").stdout
-    assert classes.startswith(p.stdout)
-    assert classes.splitlines()[-4:] == [
-        "| run | mIoU | sky | sea |",
-        "|---|---|---|---|",
-        "| `a` | 42.0 | 84.0 | - |",
-        "| `b` | 3.0 | 6.0 | - |",
-    ]
-    assert [json.loads(line)["args"] for line in saved.read_text().splitlines()] == [
-        {"iters": 30, "lr": 0.1},
-        {"iters": 30, "lr": 0.1},
-        {"iters": 20, "lr": 0.1},
-    ]
-    more = call(HERE / "table.py", saved, tmp_path / "b-s0", tmp_path / "a-s0")
-    assert more.stdout == p.stdout  # a run in both is one run
-    colors = {c for _, c in Image.open(tmp_path / "c.png").getcolors(10_000)}
-    assert (0x44, 0x44, 0x44) in colors
-    assert (0xD6, 0x27, 0x28) in colors
-    assert call(HERE / "table.py", tmp_path / "no run").returncode == 1
+    assert started(p.stdout) == ["b-s0", "a-s0"]
+    record = place.records()["b-s0"]
+    assert record["args"]["miou"] == 40
+    assert (record["miou"], record["iou"]) == ({"4": 40.0}, {"sky": 80.0, "sea": None})
+    assert record["command"] == f"python {tmp_path}/fake.py --miou 30 --nap 0.01"  # without --set
+    assert {"minutes", "machine", "torch"} <= set(record)
+    assert not {"out", "weights"} & set(record["args"])  # paths of this machine
+    assert f"threads {record['threads']} from 0" in (place.out / "b-s0.txt").read_text()
+
+    place.plan(*lines, "a-s0: python $FAKE --iters 5", "c-s0: python $FAKE")
+    p = place.run("--only", "[ac]", "--classes", "--curves", tmp_path / "curves.png")
+    assert started(p.stdout) == ["c-s0"]
+    assert "a-s0: the results have it with another command: python" in p.stdout
+    assert "| `c` | 4 | 1 | 50.0 | 50.0 |" in p.stdout
+    assert "| `b` | 80.0 | - |" in p.stdout  # of the plan, though not of --only
+    assert Image.open(tmp_path / "curves.png").width > 300
+    assert started(place.run().stdout) == []
 
 
-def test_table_at_a_step(tmp_path):
-    """Guards: another step's result, a run without that step, classes of the last step."""
-    write_run(tmp_path / "a-s0", 30, 10.0, 50.0, 40.0)
-    write_run(tmp_path / "a-s1", 30, 10.0, 20.0)
-    write_run(tmp_path / "b-s0", 30, 60.0)
-    runs, saved = sorted(tmp_path.iterdir()), tmp_path / "saved.jsonl"
-    p = call(HERE / "table.py", *runs, "--at", 20, "--save", saved, "--classes")
-    assert p.stdout.splitlines()[2:] == [
-        "| `a` | 20 | 2 | 35.0 ± 21.2 | 35.0 |",
-        "",
-        "| run | mIoU | sky | sea |",
-        "|---|---|---|---|",
-        "| `a` | 35.0 | 70.0 | - |",
-    ]
-    assert "b-s0: not evaluated at step 20, left out" in p.stderr
-    assert call(HERE / "table.py", saved, "--classes").stdout == p.stdout
-    p = call(HERE / "table.py", saved, "--at", 10, "--classes")
-    assert p.stdout.splitlines()[2:] == ["| `a` | 10 | 2 | 10.0 ± 0.0 | 10.0 |"]
-    p = call(HERE / "table.py", saved, "--at", 15)
+def test_parallel(tmp_path):
+    """Guards: one after the other, more than N at a time."""
+    runs = [f"a-s{k}: python $FAKE --nap 0.1 --iters 6" for k in range(4)]
+    text = Place(tmp_path, *runs).run("--parallel", 3).stdout
+    events = re.findall(r"a-s\d: (started|mIoU)", text)
+    assert events[:4] == ["started"] * 3 + ["mIoU"]
+    assert sorted(events[4:]) == ["mIoU"] * 3 + ["started"]
+
+
+def test_a_failed_run_is_named(tmp_path):
+    """Guards: runs after it lost, its reason lost, a run that waits for it started or hung."""
+    use = "b-s0: python $FAKE --weights $RUNS/a-s0/best.pt"
+    place = Place(tmp_path, "a-s0: python $FAKE --fail", use, "c-s0: python $FAKE")
+    p = place.run()
     assert p.returncode == 1
-    assert p.stdout == ""
-    assert p.stderr.startswith("a-s0: not evaluated at step 15, left out\na-s1")
-    p = call(HERE / "table.py", tmp_path / "a-s0", "--at", 20, "--grid", tmp_path / "g.png")
-    assert p.returncode == 2
-    assert "--grid draws best.pt" in p.stderr
+    assert "failed: a-s0: exit status 1: error: no luck" in p.stdout
+    assert "left: b-s0 0/?: waits for a-s0" in p.stdout
+    assert list(place.records()) == ["c-s0"]
+    place.plan("a-s0: python $FAKE", use)
+    p = place.run()
+    assert p.returncode == 0
+    assert started(p.stdout) == ["a-s0", "b-s0"]
 
 
-@pytest.mark.parametrize("script", ["speed", "mkd", "segkc"])
-def test_unlabeled(script, tmp_path):
-    """Guards: another network than the run's last, labelled images counted, sets swapped."""
-    root = make_folder(tmp_path / "root", labeled=6, unlabeled=2, val=3)
-    flags = f"--dataset folder --root {root} --backbone resnet18 --weights none --crop-size 32"
-    flags += " --batch-size 2 --iters 3 --eval-every 3 --lr 0.02 --ramp 0 --workers 0 --amp off"
-    flags += " --split 2" + " --senior mobilenet_v2 --junior resnet18" * (script == "segkc")
-    p = call(HERE.parent / f"{script}.py", *flags.split(), "--out", tmp_path / "a-s0")
-    assert p.returncode == 0, p.stderr
+def test_a_run_waits_for_the_file_of_another(tmp_path):
+    """Guards: started too early; a file that is gone though its run is in the results."""
+    use = "python $FAKE --weights $RUNS/slow-s0/best.pt"
+    place = Place(tmp_path, f"a-s0: {use}", "slow-s0: python $FAKE --nap 0.1", f"b-s0: {use}")
+    p = place.run("--parallel", 3)
+    assert p.returncode == 0, p.stdout
+    assert started(p.stdout) == ["slow-s0", "a-s0", "b-s0"]
+    (place.out / "slow-s0/best.pt").unlink()
+    (place.out / "slow-s0/latest.pt").unlink()
+    place.plan("slow-s0: python $FAKE", f"a-s0: {use}", f"c-s0: {use}")
+    assert started(place.run().stdout) == ["slow-s0", "c-s0"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_it_goes_on(tmp_path, number):
+    """Guards: a signal that is not passed on, a run that begins anew, minutes that are lost."""
+    place = Place(tmp_path, "a-s0: python $FAKE --nap 0.1 --iters 15", "b-s0: python $FAKE")
+    process = place.begin()
+    process.send_signal(number)
+    text = process.communicate(timeout=20)[0]
+    assert process.returncode == 128 + number
+    assert place.records() == {}
+    saved = int((place.out / "a-s0/latest.pt").read_text())
+    assert f"left: a-s0 {saved}/15: goes on" in text
+    assert started(text) == ["a-s0"]
+    assert f"a-s0: started at step {saved}\n" in place.run().stdout
+    assert [*place.records()] == ["a-s0", "b-s0"]
+    output = (place.out / "a-s0.txt").read_text()
+    assert f"from {saved}" in output
+    parts = re.findall(r"run_table: ([\d.]+) s", output)
+    assert len(parts) == 2
+    minutes = sum(map(float, parts)) / 60
+    assert place.records()["a-s0"]["minutes"] == pytest.approx(minutes, abs=0.006)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
+def test_killed_it_leaves_no_run_behind(tmp_path):
+    """Guards: runs that go on alone while a second run_table.py starts them once more."""
+    place = Place(tmp_path, "a-s0: python $FAKE --nap 0.1 --iters 100")
+    process = place.begin()
+    second = place.run()
+    assert second.returncode == 1
+    assert "another run_table.py runs this plan" in second.stderr
+    process.kill()
+    process.communicate()
+    wait_for((place.out / "a-s0/latest.pt").exists)
+
+
+def test_minutes(tmp_path):
+    """Guards: a run begun that cannot end, an unknown one left out, runs that outlive the time."""
+    long = "--nap 0.1 --iters 600"
+    lines = ["a-s0: python $FAKE --iters 1", f"a-s1: python $FAKE {long}"]
+    place = Place(tmp_path, *lines, f"new-s0: python $FAKE --labeled-only {long}")
+    place.run("--only", "a-s0")
+    record = place.records()["a-s0"] | {"minutes": 0.01}  # 0.6 s a step
+    table.save(record, place.results)
+    began = time.monotonic()
+    p = place.run("--minutes", 0.03)
+    assert time.monotonic() - began < 10
+    assert p.returncode == 0
+    assert started(p.stdout) == ["new-s0"]
+    assert "left: a-s1 0/600: takes about 6.0 minutes" in p.stdout
+    assert re.search(r"left: new-s0 [1-9]\d*/600: goes on with the same command", p.stdout)
+    # a record of another machine says nothing; a run that has begun goes on
+    table.save(record | {"machine": "another"}, place.results)
+    p = place.run("--minutes", 0.03, "--parallel", 2)
+    assert started(p.stdout) == ["a-s1", "new-s0"]
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "said"),
+    [
+        ("a-s0: python $NONE", [], r"plan.txt:2: \$NONE is not defined above"),
+        ("a-s0: speed.py", [], "plan.txt:2: a command begins with python or torchrun"),
+        ("for s in 0 1", [], "plan.txt:2: neither `name: command` nor `NAME = text`"),
+        ("a: python x.py\na: python x.py", [], "plan.txt:3: a is there twice"),
+        ("a: python x.py", ["--set", "ROOT=x"], "--set ROOT: .*no line `ROOT = ...`"),
+    ],
+)
+def test_a_faulty_plan_is_one_line(tmp_path, line, flags, said):
+    p = Place(tmp_path, line).run(*flags)
+    assert p.returncode == 1
+    assert re.fullmatch(rf"error: .*{said}.*\n", p.stderr)
+
+
+PLANS = "shapes shapes-terms voc_animals voc_animals_finetune voc_animals_gpu camvid".split()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans_parse(plan):
+    """Guards: flags that a script no longer has, a seed beside its name, other crops."""
+    for run in run_table.read_plan(TOOLS / f"{plan}.txt", Path("runs") / plan, {}):
+        script = importlib.import_module(Path(run.words[1]).stem)
+        args = script.parse_args(run.words[2:])
+        assert args.crop_size % 16 == 1
+        assert args.iters == run.iters()
+        assert run.name.endswith(f"-s{args.seed}")
+
+
+# -------------------------------------------------------------------------------------- tables
+
+
+def test_table_by_hand(tmp_path):
+    """Guards: best taken for last, seeds paired wrongly, the wrong baseline, a lost minus."""
     saved = tmp_path / "saved.jsonl"
-    p = call(HERE / "unlabeled.py", "2", tmp_path / "a-s0", "--save", saved)
+    for run, *miou in [
+        ("labeled-s0", 10, 50, 40),
+        ("labeled-s1", 10, 20, 44),
+        ("labeled-8-s0", 60),
+        ("speed-s1", 10, 20, 50),
+        ("speed-s0", 10, 20, 39),
+        ("speed-s2", 10, 20, 31),
+        ("mkd-ss0-8-s0", 61),
+        ("labeled-8-s0", 62),  # replaces the one above
+    ]:
+        record = {"run": run, "args": {}, "iou": {"sky": 2 * miou[-1], "sea": None}}
+        record["miou"] = {str(10 * k): value for k, value in enumerate(miou, 1)}
+        table.save(record | ({"minutes": 2.5} if run == "labeled-s1" else {}), saved)
+    p = call(TOOLS / "table.py", saved, "--classes", "--curves", tmp_path / "c.png")
     assert p.returncode == 0, p.stderr
-    found, log = json.loads(saved.read_text()), (tmp_path / "a-s0/log.jsonl").read_text()
-    assert found["val_miou"] == pytest.approx(json.loads(log.splitlines()[-1])["miou"], abs=1e-4)
-    assert (found["unlabeled_images"], found["val_images"]) == (4, 3)
-
-    # the same network, by --test-only, where the val images are those that were unlabelled
-    split = data.make_split(data.load_source("folder", root), "2", 0, "classic")
-    for old in root.glob("val/*/*"):
-        old.unlink()
-    for item in split.unlabeled:
-        if item.mask:
-            shutil.copy(item.image, root / "val/images")
-            shutil.copy(item.mask, root / "val/masks")
-    flags = f"--dataset folder --root {root} --test-only {tmp_path / 'a-s0/best.pt'} --workers 0"
-    p = call(HERE.parent / f"{script}.py", *flags.split(), "--amp", "off")
-    assert f"mIoU {found['unlabeled_miou']:.2f} on 4 images" in p.stdout
-    assert found["unlabeled_accuracy"] != found["val_accuracy"]
-
-    table = call(HERE / "unlabeled.py", "2", saved).stdout.splitlines()
-    values = [f"{found[k]:.1f}" for k in ("unlabeled_miou", "unlabeled_accuracy")]
-    values += [f"{found[k]:.1f}" for k in ("val_miou", "val_accuracy")]
-    assert table[-1] == f"| `a` | 1 | {' | '.join(values)} |"
-    assert call(HERE / "unlabeled.py", "3", saved).returncode == 2
-
-
-def test_camvid(tmp_path):
-    """Guards: void taken for a class, masks that lose their ids, files in other places."""
-    source = tmp_path / "CamVid"
-    for part in ("train", "val"):
-        for k in range(2):
-            save(source / part / f"{part}{k}.png", noise(k, (48, 40)))
-            save(source / f"{part}annot" / f"{part}{k}.png", blobs(k, 12))
-    p = call(HERE / "camvid.py", source, tmp_path / "out")
-    assert p.returncode == 0, p.stderr
-    made = data.load_source("folder", tmp_path / "out")
-    assert (len(made.train), len(made.val), len(made.classes)) == (2, 2, 11)
-    assert data.check(made)[0] == []
-    raw = np.asarray(Image.open(source / "valannot/val1.png"))
-    mask = np.asarray(Image.open(made.val[1].mask))
-    assert (raw == 11).any()
-    assert np.array_equal(mask, np.where(raw == 11, 255, raw))
-    assert call(HERE / "camvid.py", tmp_path, tmp_path / "out").returncode == 1
-    assert call(HERE / "camvid.py", source, tmp_path / "half", 2).returncode == 0
-    half = data.load_source("folder", tmp_path / "half")
-    assert data.check(half)[0] == []
-    image = np.asarray(data.read_image(half.val[1]))
-    full = np.asarray(data.read_image(made.val[1]), float)
-    small = full.reshape(20, 2, 24, 2, 3).mean((1, 3))
-    assert np.abs(image - small).max() <= 1
-    small = np.asarray(Image.open(half.val[1].mask))
-    assert small.shape == image.shape[:2]
-    cells = mask.reshape(20, 2, 24, 2).transpose(1, 3, 0, 2).reshape(4, 20, 24)
-    assert (small == cells).any(0).all()  # each is one of the four ids that it stands for
-
-
-def test_oracle_knows_the_labels_of_the_crops(tmp_path):
-    """Guards: a label crop that is drawn anew, or of another image."""
-    for part in ("train", "val"):
-        for k in range(4):
-            mask = blobs(k, 3) % 255  # no ignored pixels
-            save(tmp_path / part / f"masks/{k}.png", mask)
-            save(tmp_path / part / f"images/{k}.png", np.repeat(60 * mask[..., None], 3, 2))
-    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
-    source = data.load_source("folder", tmp_path)
-    split = data.make_split(source, "1/2", 0, "")
-    args = Namespace(
-        batch_size=2, seed=0, labeled_only=False, crop_size=32, scale=(0.5, 1.5), iters=3
-    )
-    seen = set()
-    for step in range(3):
-        batch = oracle.WithTruth(split, args)[step]
-        holds = data.rect_mask(batch["u_rect"], 32, 32)
-        assert torch.equal(batch["u_y"] == 255, ~holds)
-        u, y = batch["u"][..., 0].float()[holds], batch["u_y"][holds].float()
-        assert ((u - 60 * y).abs() < 30).float().mean() > 0.9  # borders of classes are blurred
-        seen |= set(y.tolist())
-    assert len(seen) > 1
-
-
-@pytest.mark.parametrize("mode", ["truth", "right"])
-def test_oracle_teaches_the_truth(mode):
-    r = np.random.default_rng(0)
-    z = torch.from_numpy(r.normal(size=(2, 4, 5, 6)))
-    y = torch.from_numpy(r.integers(0, 4, (2, 5, 6)).astype(np.uint8))
-    y[:, 0] = 255
-    net = oracle.Corrected(lambda u, features: (z, u, features), y, mode)
-    found, f, deep = net("u", features=True)
-    assert (f, deep) == ("u", True)
-    p, taught = found.softmax(1).numpy(), 0
-    for b, i, j in np.ndindex(2, 5, 6):
-        if y[b, i, j] != 255 and (mode == "truth" or z[b, :, i, j].argmax() == y[b, i, j]):
-            assert p[b, y[b, i, j], i, j] > 0.999
-            taught += 1
-        else:
-            assert p[b, :, i, j].max() == 0.25
-    assert taught == 48 if mode == "truth" else 0 < taught < 48
-
-
-def test_oracle_trains(tmp_path):
-    flags = "--dataset shapes --iters 2 --crop-size 48 --batch-size 2 --workers 0 --log-every 1"
-    share = {}
-    for mode in ("truth", "right"):
-        out = tmp_path / mode
-        p = call(HERE / "oracle.py", mode, *flags.split(), "--ramp", 0, "--out", out)
-        assert p.returncode == 0, p.stderr
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        share[mode] = [line["confident"] for line in lines if line["kind"] == "train"]
-    assert share["truth"] == [1.0, 1.0]
-    assert 0 < max(share["right"]) < 1
-    other = [HERE / "oracle.py", "right", *flags.split(), "--ramp", 0, "--out", tmp_path / "truth"]
-    for words in ([HERE / "oracle.py", "wrong"], other, [*other, "--labeled-only"]):
-        p = call(*words)
-        assert p.returncode == 2
-        assert len(p.stderr.splitlines()) == 1
-
-
-def test_unlabeled_against_a_row(tmp_path):
-    """Guards: seeds paired wrongly, a seed that one of two rows lacks, signs."""
-    records = []
-    for run, value in [("a-s0", 50.0), ("a-s1", 40.0), ("b-s1", 43.0), ("b-s0", 51.0), ("c-s2", 9)]:
-        record = {"run": run, "split": "2", "unlabeled_images": 4, "val_images": 3}
-        record |= {"unlabeled_miou": value, "unlabeled_accuracy": 2 * value}
-        records.append(record | {"val_miou": 100 - value, "val_accuracy": 70})
-    saved = tmp_path / "saved.jsonl"
-    saved.write_text("".join(json.dumps(r) + "\n" for r in records))
-    p = call(HERE / "unlabeled.py", "2", saved, "--against", "a")
-    assert p.returncode == 0, p.stderr
-    second = p.stdout.split("\n\n")[-1].splitlines()
-    assert second[2:] == [
-        "| `b` | 2 | +2.0 (+1.0 +3.0) | +4.0 (+2.0 +6.0) | -2.0 (-1.0 -3.0) | +0.0 (+0.0 +0.0) |"
+    assert p.stdout.splitlines()[:6] == [
+        "| run | steps | seeds | last mIoU | best mIoU | − `labeled` (by seed) | minutes |",
+        "|---|---|---|---|---|---|---|",
+        "| `labeled` | 30 | 2 | 42.0 ± 2.8 | 47.0 |  | 2.5 |",
+        "| `labeled-8` | 10 | 1 | 62.0 | 62.0 |  |  |",
+        "| `speed` | 30 | 3 | 40.0 ± 9.5 | 40.0 | +2.5 (-1.0 +6.0) |  |",
+        "| `mkd-ss0-8` | 10 | 1 | 61.0 | 61.0 | -1.0 (-1.0) |  |",
     ]
-    p = call(HERE / "unlabeled.py", "2", saved, "--against", "d")
-    assert p.returncode == 2
-    assert p.stderr == "error: --against d: is no row; give one of a, b, c\n"
+    assert "| `labeled` | 84.0 | - |" in p.stdout
+    assert Image.open(tmp_path / "c.png").width > 300
+    p = call(TOOLS / "table.py", saved, "--against", "speed")
+    assert "| `labeled` | 30 | 2 | 42.0 ± 2.8 | 47.0 | -2.5 (+1.0 -6.0) | 2.5 |" in p.stdout
+
+
+def test_table_of_folders_and_of_kept_results(tmp_path):
+    """Guards: an unfinished run counted; kept results that cannot be read any more."""
+    for name, step in (("a-s0", 4), ("a-s1", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps({"iters": 4}))
+        line = {"kind": "eval", "step": step, "miou": 5.0, "iou": {}}
+        (tmp_path / name / "log.jsonl").write_text(json.dumps(line) + "\n")
+    p = call(TOOLS / "table.py", *sorted(tmp_path.iterdir()))
+    assert p.stdout.splitlines()[2:] == ["| `a` | 4 | 1 | 5.0 | 5.0 |  |  |"]
+    assert "a-s1: no finished run, left out" in p.stderr
+    for path in (REPO / "docs/results").glob("*.jsonl"):
+        assert "| `labeled" in call(TOOLS / "table.py", path, "--classes").stdout
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    p = call(TOOLS / "table.py", tmp_path / "bad.jsonl")
+    assert p.stderr.endswith("bad.jsonl:1: no record of a run; remove this line\n")
+
+
+def test_grid(tmp_path):
+    """Guards: a column that is another's, a truth that is not the masks."""
+    flags = "--dataset shapes --crop-size 33 --batch-size 2 --iters 1 --workers 0 --amp off"
+    p = call(REPO / "speed.py", *flags.split(), "--out", tmp_path / "a-s0")
+    assert p.returncode == 0, p.stderr
+    p = call(TOOLS / "table.py", tmp_path / "a-s0", "--grid", tmp_path / "grid.png")
+    assert p.returncode == 0, p.stderr
+    assert p.stdout.endswith("grid.png: image, truth, a\n")
+    columns = np.array_split(np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")), 3, 1)
+    colors = [{*map(tuple, column.reshape(-1, 3).tolist())} for column in columns]
+    classes = {*map(tuple, data.palette()[:6].tolist())}
+    assert len(classes & colors[1]) > 2  # the truth has several classes
+    assert classes & colors[2]
+    assert colors[1] != colors[2]
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    """Writes a picture, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def main_of(module, monkeypatch, *words: object) -> int | str | None:
+    """Runs a tool's main; returns what it exits with."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
+    try:
+        return module.main()
+    except SystemExit as e:
+        return e.code
+
+
+def test_voc_animals(tmp_path, monkeypatch, capsys):
+    """Guards: other classes kept, void lost, SBD's mask before VOC's, a fault that hides others."""
+    voc, r, out = tmp_path / "VOC2012", np.random.default_rng(0), tmp_path / "out"
+    aug, names = voc / "SegmentationClassAug", ["2007_000001", "2007_000002", "2007_000003"]
+    ours = {0: 0, 8: 1, 10: 2, 12: 3, 13: 4, 17: 5, 15: 0, 255: 255}  # 15: person, anything else
+    masks = [r.choice(np.array([*ours], np.uint8), (20, 15)) for _ in names]
+    for name, mask in zip(names, masks, strict=True):
+        save(voc / f"JPEGImages/{name}.jpg", np.full((40, 30, 3), 90, np.uint8))
+        save(aug / f"{name}.png", mask.repeat(2, 0).repeat(2, 1))
+    (voc / "SegmentationClass").mkdir()
+    (aug / f"{names[0]}.png").rename(voc / f"SegmentationClass/{names[0]}.png")
+    save(aug / f"{names[0]}.png", np.zeros((40, 30), np.uint8))  # VOC's own wins
+    monkeypatch.setattr(voc_animals, "HERE", tmp_path)
+    (tmp_path / "voc_animals_train.txt").write_text("\n".join(names[:2]))
+    (tmp_path / "voc_animals_val.txt").write_text(names[2])
+    assert main_of(voc_animals, monkeypatch, voc, out, 2) is None
+    made = data.load_source("folder", out)
+    assert [item.id for item in made.train + made.val] == names
+    assert list(made.classes) == ["background", "cat", "cow", "dog", "horse", "sheep"]
+    for item, mask in zip(made.train + made.val, masks, strict=True):
+        assert np.array_equal(Image.open(item.mask), np.vectorize(ours.get)(mask))
+        assert Image.open(item.image).size == (15, 20)
+
+    (voc / f"JPEGImages/{names[0]}.jpg").write_bytes(b"no picture")
+    save(aug / f"{names[1]}.png", np.zeros((40, 30, 3), np.uint8))
+    save(aug / f"{names[2]}.png", masks[2])
+    assert "3 photographs are missing" in main_of(voc_animals, monkeypatch, voc, tmp_path / "b")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert [any(name in line for line in said) for name in names] == [True] * 3
+    for line, what in zip(said, ("cannot be read", "mode is RGB", "its image is"), strict=True):
+        assert what in line
+    assert not (tmp_path / "b/classes.txt").exists()
+
+
+def test_camvid(tmp_path, monkeypatch, capsys):
+    """Guards: void taken for a class, masks that lose their ids, a frame without a mask."""
+    source, r, masks = tmp_path / "CamVid", np.random.default_rng(0), {}
+    for name in ("train0.png", "train1.png", "val0.png"):
+        part = name[:-5]
+        masks[name] = r.integers(0, 12, (20, 24), np.uint8)
+        save(source / part / name, r.integers(0, 256, (40, 48, 3), np.uint8))
+        save(source / f"{part}annot" / name, masks[name].repeat(2, 0).repeat(2, 1))
+    assert main_of(camvid, monkeypatch, source, tmp_path / "half", 2) is None
+    half = data.load_source("folder", tmp_path / "half")
+    assert (len(half.train), len(half.val), len(half.classes)) == (2, 1, 11)
+    for item in half.train + half.val:
+        mask = masks[item.mask.name]
+        assert np.array_equal(Image.open(item.mask), np.where(mask == 11, 255, mask))
+    frame = np.asarray(Image.open(source / "val/val0.png"), float)
+    small = np.asarray(Image.open(half.val[0].image), float)
+    assert np.abs(small - frame.reshape(20, 2, 24, 2, 3).mean((1, 3))).max() <= 1
+    (source / "trainannot/train0.png").unlink()
+    assert "1 frames are missing" in main_of(camvid, monkeypatch, source, tmp_path / "c")
+    assert "train0.png: frame or mask cannot be used" in capsys.readouterr().err
+    assert "no PNG here" in main_of(camvid, monkeypatch, tmp_path, tmp_path / "c")

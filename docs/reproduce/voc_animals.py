@@ -34,7 +34,8 @@ def open_picture(path: Path) -> Image.Image:
         picture = Image.open(path)
         picture.load()
     except (OSError, SyntaxError) as e:  # SyntaxError: a broken PNG
-        raise Fault(f"{path}: cannot be read ({e})") from None
+        reason = getattr(e, "strerror", None) or e
+        raise Fault(f"{path}: cannot be read ({reason})") from None
     return picture
 
 
