@@ -17,6 +17,7 @@ import data
 
 REPO = Path(__file__).resolve().parents[1]
 TOOLS = REPO / "docs/reproduce"
+PLANS = [p for p in sorted(TOOLS.glob("*.txt")) if ":" in p.read_text()]  # not lists of ids
 sys.path.insert(0, str(TOOLS))
 import camvid  # noqa: E402
 import run_table  # noqa: E402
@@ -27,27 +28,21 @@ import voc_animals  # noqa: E402
 FAKE = """
 import argparse, json, os, pathlib, signal, sys, time
 p = argparse.ArgumentParser()
-p.add_argument("--iters", type=int, default=4)
-p.add_argument("--nap", type=float, default=0.0)
-p.add_argument("--miou", type=float, default=50.0)
-p.add_argument("--fail", action="store_true")
-p.add_argument("--labeled-only", action="store_true")
-p.add_argument("--weights", type=pathlib.Path)
-p.add_argument("--out", type=pathlib.Path)
-a = p.parse_args()
-stop = []
+for name, kind, default in (("iters", int, 4), ("nap", float, 0.0), ("miou", float, 50.0),
+                            ("weights", pathlib.Path, None), ("out", pathlib.Path, None)):
+    p.add_argument("--" + name, type=kind, default=default)
+a, stop = p.parse_known_args()[0], []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: stop.append(number))
 a.out.mkdir(parents=True, exist_ok=True)
 (a.out / "args.json").write_text(json.dumps(vars(a), default=str))
-if a.fail or (a.weights and not a.weights.exists()):
+if a.weights and not a.weights.exists():
     sys.exit("error: no luck")
 latest = a.out / "latest.pt"
 start = int(latest.read_text()) if latest.exists() else 0
 print("threads", os.environ["OMP_NUM_THREADS"], "from", start, flush=True)
 def log(kind, **line):
-    with open(a.out / "log.jsonl", "a") as f:
-        f.write(json.dumps({"kind": kind} | line) + "\\n")
+    print(json.dumps({"kind": kind} | line), file=open(a.out / "log.jsonl", "a"))
 for step in range(start + 1, a.iters + 1):
     time.sleep(a.nap)
     log("train", step=step)
@@ -72,37 +67,27 @@ class Place:
 
     def __init__(self, root: Path, *lines: str) -> None:
         self.root, self.out, self.results = root, root / "runs/plan", root / "results.jsonl"
+        self.words = [TOOLS / "run_table.py", root / "plan.txt", "--runs", root / "runs"]
+        self.words += ["--results", self.results]
         (root / "fake.py").write_text(FAKE)
         self.plan(*lines)
 
     def plan(self, *lines: str) -> None:
-        """Writes the plan."""
-        text = "\n".join([f"FAKE = {self.root}/fake.py", *lines])
-        (self.root / "plan.txt").write_text(text + "\n")
-
-    def words(self, *flags: object) -> list[object]:
-        """The command that runs the plan."""
-        words = [TOOLS / "run_table.py", self.root / "plan.txt", "--runs", self.root / "runs"]
-        return [*words, "--results", self.results, *flags]
+        text = [f"FAKE = {self.root}/fake.py", *lines]
+        (self.root / "plan.txt").write_text("\n".join(text))
 
     def run(self, *flags: object) -> subprocess.CompletedProcess:
-        """Runs the plan to its end."""
-        return call(*self.words(*flags))
+        return call(*self.words, *flags)
 
     def begin(self) -> subprocess.Popen:
-        """Starts to run the plan, and returns when the first step of a run is done."""
-        words = [sys.executable, *map(str, self.words())]
+        """Runs the plan in the background; returns when a run has done a step."""
+        words = [sys.executable, *map(str, self.words)]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         wait_for(lambda: list(self.out.glob("*/log.jsonl")))
         return process
 
-    def records(self) -> dict[str, dict]:
-        """What the results hold."""
-        return table.load(self.results)
-
 
 def wait_for(condition) -> None:
-    """Returns when `condition()` is true."""
     end = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < end
@@ -121,7 +106,7 @@ def test_what_the_results_hold_is_not_run_again(tmp_path):
     p = place.run("--only", "s0", "--parallel", 2, "--set", "M=40")
     assert p.returncode == 0, p.stderr
     assert started(p.stdout) == ["b-s0", "a-s0"]
-    record = place.records()["b-s0"]
+    record = table.load(place.results)["b-s0"]
     assert record["args"]["miou"] == 40
     assert (record["miou"], record["iou"]) == ({"4": 40.0}, {"sky": 80.0, "sea": None})
     assert record["command"] == f"python {tmp_path}/fake.py --miou 30 --nap 0.01"  # without --set
@@ -141,35 +126,29 @@ def test_what_the_results_hold_is_not_run_again(tmp_path):
 
 def test_parallel(tmp_path):
     """Guards: one after the other, more than N at a time."""
-    runs = [f"a-s{k}: python $FAKE --nap 0.1 --iters 6" for k in range(4)]
-    text = Place(tmp_path, *runs).run("--parallel", 3).stdout
-    events = re.findall(r"a-s\d: (started|mIoU)", text)
-    assert events[:4] == ["started"] * 3 + ["mIoU"]
-    assert sorted(events[4:]) == ["mIoU"] * 3 + ["started"]
+    runs = [f"a-s{k}: python $FAKE --nap 0.1 --iters 6" for k in range(3)]
+    text = Place(tmp_path, *runs).run("--parallel", 2).stdout
+    assert re.findall(r"a-s\d: (started|mIoU)", text)[:3] == ["started", "started", "mIoU"]
 
 
 def test_a_failed_run_is_named(tmp_path):
     """Guards: runs after it lost, its reason lost, a run that waits for it started or hung."""
     use = "b-s0: python $FAKE --weights $RUNS/a-s0/best.pt"
-    place = Place(tmp_path, "a-s0: python $FAKE --fail", use, "c-s0: python $FAKE")
+    place = Place(tmp_path, "a-s0: python $FAKE --weights no", use, "c-s0: python $FAKE")
     p = place.run()
     assert p.returncode == 1
     assert "failed: a-s0: exit status 1: error: no luck" in p.stdout
     assert "left: b-s0 0/?: waits for a-s0" in p.stdout
-    assert list(place.records()) == ["c-s0"]
+    assert list(table.load(place.results)) == ["c-s0"]
     place.plan("a-s0: python $FAKE", use)
-    p = place.run()
-    assert p.returncode == 0
-    assert started(p.stdout) == ["a-s0", "b-s0"]
+    assert started(place.run().stdout) == ["a-s0", "b-s0"]
 
 
 def test_a_run_waits_for_the_file_of_another(tmp_path):
     """Guards: started too early; a file that is gone though its run is in the results."""
     use = "python $FAKE --weights $RUNS/slow-s0/best.pt"
     place = Place(tmp_path, f"a-s0: {use}", "slow-s0: python $FAKE --nap 0.1", f"b-s0: {use}")
-    p = place.run("--parallel", 3)
-    assert p.returncode == 0, p.stdout
-    assert started(p.stdout) == ["slow-s0", "a-s0", "b-s0"]
+    assert started(place.run("--parallel", 3).stdout) == ["slow-s0", "a-s0", "b-s0"]
     (place.out / "slow-s0/best.pt").unlink()
     (place.out / "slow-s0/latest.pt").unlink()
     place.plan("slow-s0: python $FAKE", f"a-s0: {use}", f"c-s0: {use}")
@@ -184,18 +163,16 @@ def test_interrupted_it_goes_on(tmp_path, number):
     process.send_signal(number)
     text = process.communicate(timeout=20)[0]
     assert process.returncode == 128 + number
-    assert place.records() == {}
+    assert table.load(place.results) == {}
     saved = int((place.out / "a-s0/latest.pt").read_text())
     assert f"left: a-s0 {saved}/15: goes on" in text
     assert started(text) == ["a-s0"]
-    assert f"a-s0: started at step {saved}\n" in place.run().stdout
-    assert [*place.records()] == ["a-s0", "b-s0"]
+    assert started(place.run().stdout) == ["a-s0", "b-s0"]
     output = (place.out / "a-s0.txt").read_text()
     assert f"from {saved}" in output
-    parts = re.findall(r"run_table: ([\d.]+) s", output)
-    assert len(parts) == 2
-    minutes = sum(map(float, parts)) / 60
-    assert place.records()["a-s0"]["minutes"] == pytest.approx(minutes, abs=0.006)
+    parts = [float(seconds) for seconds in re.findall(r"run_table: ([\d.]+) s", output)]
+    minutes = table.load(place.results)["a-s0"]["minutes"]
+    assert (len(parts), minutes) == (2, pytest.approx(sum(parts) / 60, abs=0.006))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
@@ -203,9 +180,7 @@ def test_killed_it_leaves_no_run_behind(tmp_path):
     """Guards: runs that go on alone while a second run_table.py starts them once more."""
     place = Place(tmp_path, "a-s0: python $FAKE --nap 0.1 --iters 100")
     process = place.begin()
-    second = place.run()
-    assert second.returncode == 1
-    assert "another run_table.py runs this plan" in second.stderr
+    assert "another run_table.py runs this plan" in place.run().stderr
     process.kill()
     process.communicate()
     wait_for((place.out / "a-s0/latest.pt").exists)
@@ -217,11 +192,9 @@ def test_minutes(tmp_path):
     lines = ["a-s0: python $FAKE --iters 1", f"a-s1: python $FAKE {long}"]
     place = Place(tmp_path, *lines, f"new-s0: python $FAKE --labeled-only {long}")
     place.run("--only", "a-s0")
-    record = place.records()["a-s0"] | {"minutes": 0.01}  # 0.6 s a step
+    record = table.load(place.results)["a-s0"] | {"minutes": 0.01}  # 0.6 s a step
     table.save(record, place.results)
-    began = time.monotonic()
     p = place.run("--minutes", 0.03)
-    assert time.monotonic() - began < 10
     assert p.returncode == 0
     assert started(p.stdout) == ["new-s0"]
     assert "left: a-s1 0/600: takes about 6.0 minutes" in p.stdout
@@ -236,9 +209,7 @@ def test_minutes(tmp_path):
     ("line", "flags", "said"),
     [
         ("a-s0: python $NONE", [], r"plan.txt:2: \$NONE is not defined above"),
-        ("a-s0: speed.py", [], "plan.txt:2: a command begins with python or torchrun"),
         ("for s in 0 1", [], "plan.txt:2: neither `name: command` nor `NAME = text`"),
-        ("a: python x.py\na: python x.py", [], "plan.txt:3: a is there twice"),
         ("a: python x.py", ["--set", "ROOT=x"], "--set ROOT: .*no line `ROOT = ...`"),
     ],
 )
@@ -248,13 +219,10 @@ def test_a_faulty_plan_is_one_line(tmp_path, line, flags, said):
     assert re.fullmatch(rf"error: .*{said}.*\n", p.stderr)
 
 
-PLANS = "shapes shapes-terms voc_animals voc_animals_finetune voc_animals_gpu camvid".split()
-
-
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.stem)
 def test_plans_parse(plan):
     """Guards: flags that a script no longer has, a seed beside its name, other crops."""
-    for run in run_table.read_plan(TOOLS / f"{plan}.txt", Path("runs") / plan, {}):
+    for run in run_table.read_plan(plan, Path("runs") / plan.stem, {}):
         script = importlib.import_module(Path(run.words[1]).stem)
         args = script.parse_args(run.words[2:])
         assert args.crop_size % 16 == 1
@@ -262,27 +230,17 @@ def test_plans_parse(plan):
         assert run.name.endswith(f"-s{args.seed}")
 
 
-# -------------------------------------------------------------------------------------- tables
-
-
 def test_table_by_hand(tmp_path):
     """Guards: best taken for last, seeds paired wrongly, the wrong baseline, a lost minus."""
     saved = tmp_path / "saved.jsonl"
-    for run, *miou in [
-        ("labeled-s0", 10, 50, 40),
-        ("labeled-s1", 10, 20, 44),
-        ("labeled-8-s0", 60),
-        ("speed-s1", 10, 20, 50),
-        ("speed-s0", 10, 20, 39),
-        ("speed-s2", 10, 20, 31),
-        ("mkd-ss0-8-s0", 61),
-        ("labeled-8-s0", 62),  # replaces the one above
-    ]:
-        record = {"run": run, "args": {}, "iou": {"sky": 2 * miou[-1], "sea": None}}
-        record["miou"] = {str(10 * k): value for k, value in enumerate(miou, 1)}
+    runs = "labeled-s0 10 50 40, labeled-s1 10 20 44, labeled-8-s0 60, speed-s1 10 20 50"
+    runs += ", speed-s0 10 20 39, speed-s2 10 20 31, mkd-ss0-8-s0 61, labeled-8-s0 62"
+    for words in runs.split(", "):  # the last one replaces the third
+        run, *miou = words.split()
+        record = {"run": run, "iou": {"sky": 2 * float(miou[-1]), "sea": None}}
+        record["miou"] = {str(10 * k): float(value) for k, value in enumerate(miou, 1)}
         table.save(record | ({"minutes": 2.5} if run == "labeled-s1" else {}), saved)
-    p = call(TOOLS / "table.py", saved, "--classes", "--curves", tmp_path / "c.png")
-    assert p.returncode == 0, p.stderr
+    p = call(TOOLS / "table.py", saved, "--classes")
     assert p.stdout.splitlines()[:6] == [
         "| run | steps | seeds | last mIoU | best mIoU | − `labeled` (by seed) | minutes |",
         "|---|---|---|---|---|---|---|",
@@ -292,7 +250,6 @@ def test_table_by_hand(tmp_path):
         "| `mkd-ss0-8` | 10 | 1 | 61.0 | 61.0 | -1.0 (-1.0) |  |",
     ]
     assert "| `labeled` | 84.0 | - |" in p.stdout
-    assert Image.open(tmp_path / "c.png").width > 300
     p = call(TOOLS / "table.py", saved, "--against", "speed")
     assert "| `labeled` | 30 | 2 | 42.0 ± 2.8 | 47.0 | -2.5 (+1.0 -6.0) | 2.5 |" in p.stdout
 
@@ -310,8 +267,8 @@ def test_table_of_folders_and_of_kept_results(tmp_path):
     for path in (REPO / "docs/results").glob("*.jsonl"):
         assert "| `labeled" in call(TOOLS / "table.py", path, "--classes").stdout
     (tmp_path / "bad.jsonl").write_text("{}\n")
-    p = call(TOOLS / "table.py", tmp_path / "bad.jsonl")
-    assert p.stderr.endswith("bad.jsonl:1: no record of a run; remove this line\n")
+    said = call(TOOLS / "table.py", tmp_path / "bad.jsonl").stderr
+    assert said.endswith("bad.jsonl:1: no record of a run; remove this line\n")
 
 
 def test_grid(tmp_path):
@@ -321,20 +278,14 @@ def test_grid(tmp_path):
     assert p.returncode == 0, p.stderr
     p = call(TOOLS / "table.py", tmp_path / "a-s0", "--grid", tmp_path / "grid.png")
     assert p.returncode == 0, p.stderr
-    assert p.stdout.endswith("grid.png: image, truth, a\n")
     columns = np.array_split(np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")), 3, 1)
     colors = [{*map(tuple, column.reshape(-1, 3).tolist())} for column in columns]
     classes = {*map(tuple, data.palette()[:6].tolist())}
     assert len(classes & colors[1]) > 2  # the truth has several classes
-    assert classes & colors[2]
-    assert colors[1] != colors[2]
-
-
-# ---------------------------------------------------------------------------------------- data
+    assert classes & colors[2] != classes & colors[1]
 
 
 def save(path: Path, array: np.ndarray) -> None:
-    """Writes a picture, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path)
 
@@ -365,7 +316,6 @@ def test_voc_animals(tmp_path, monkeypatch, capsys):
     (tmp_path / "voc_animals_val.txt").write_text(names[2])
     assert main_of(voc_animals, monkeypatch, voc, out, 2) is None
     made = data.load_source("folder", out)
-    assert [item.id for item in made.train + made.val] == names
     assert list(made.classes) == ["background", "cat", "cow", "dog", "horse", "sheep"]
     for item, mask in zip(made.train + made.val, masks, strict=True):
         assert np.array_equal(Image.open(item.mask), np.vectorize(ours.get)(mask))
@@ -376,7 +326,6 @@ def test_voc_animals(tmp_path, monkeypatch, capsys):
     save(aug / f"{names[2]}.png", masks[2])
     assert "3 photographs are missing" in main_of(voc_animals, monkeypatch, voc, tmp_path / "b")
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert [any(name in line for line in said) for name in names] == [True] * 3
     for line, what in zip(said, ("cannot be read", "mode is RGB", "its image is"), strict=True):
         assert what in line
     assert not (tmp_path / "b/classes.txt").exists()
@@ -396,10 +345,7 @@ def test_camvid(tmp_path, monkeypatch, capsys):
     for item in half.train + half.val:
         mask = masks[item.mask.name]
         assert np.array_equal(Image.open(item.mask), np.where(mask == 11, 255, mask))
-    frame = np.asarray(Image.open(source / "val/val0.png"), float)
-    small = np.asarray(Image.open(half.val[0].image), float)
-    assert np.abs(small - frame.reshape(20, 2, 24, 2, 3).mean((1, 3))).max() <= 1
+        assert Image.open(item.image).size == (24, 20)
     (source / "trainannot/train0.png").unlink()
     assert "1 frames are missing" in main_of(camvid, monkeypatch, source, tmp_path / "c")
     assert "train0.png: frame or mask cannot be used" in capsys.readouterr().err
-    assert "no PNG here" in main_of(camvid, monkeypatch, tmp_path, tmp_path / "c")
