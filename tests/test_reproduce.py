@@ -163,7 +163,6 @@ def test_interrupted_it_goes_on(tmp_path, number):
     process.send_signal(number)
     text = process.communicate(timeout=20)[0]
     assert process.returncode == 128 + number
-    assert table.load(place.results) == {}
     saved = int((place.out / "a-s0/latest.pt").read_text())
     assert f"left: a-s0 {saved}/15: goes on" in text
     assert started(text) == ["a-s0"]
@@ -178,7 +177,7 @@ def test_interrupted_it_goes_on(tmp_path, number):
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
 def test_killed_it_leaves_no_run_behind(tmp_path):
     """Guards: runs that go on alone while a second run_table.py starts them once more."""
-    place = Place(tmp_path, "a-s0: python $FAKE --nap 0.1 --iters 100")
+    place = Place(tmp_path, "a-s0: python $FAKE --nap 0.1 --iters 300")
     process = place.begin()
     assert "another run_table.py runs this plan" in place.run().stderr
     process.kill()
@@ -199,10 +198,10 @@ def test_minutes(tmp_path):
     assert started(p.stdout) == ["new-s0"]
     assert "left: a-s1 0/600: takes about 6.0 minutes" in p.stdout
     assert re.search(r"left: new-s0 [1-9]\d*/600: goes on with the same command", p.stdout)
-    # a record of another machine says nothing; a run that has begun goes on
-    table.save(record | {"machine": "another"}, place.results)
-    p = place.run("--minutes", 0.03, "--parallel", 2)
-    assert started(p.stdout) == ["a-s1", "new-s0"]
+    for change in ({"machine": "another"}, {}):  # says nothing here; what has begun goes on
+        table.save(record | change, place.results)
+        p = place.run("--minutes", 0.03, "--parallel", 2)
+        assert started(p.stdout) == ["a-s1", "new-s0"]
 
 
 @pytest.mark.parametrize(

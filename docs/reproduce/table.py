@@ -21,9 +21,9 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]  # the scripts lie here
-# differ from machine to machine, and change no result
-NOT_KEPT = ("command", "out", "root", "weights", "senior_weights")
-NOT_KEPT += ("test_only", "predict", "save_predictions")
+# in args.json: paths of one machine, and what run_table.py keeps itself
+NOT_KEPT = ("out", "root", "weights", "senior_weights", "test_only", "predict", "save_predictions")
+NOT_KEPT += ("command", "torch")
 
 
 class TableError(Exception):
