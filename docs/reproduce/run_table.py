@@ -137,7 +137,7 @@ def read_plan(path: Path, folder: Path, changes: dict[str, str]) -> list[Run]:
         if match := re.fullmatch(r"([A-Z_]+) *= *(.*)", line):
             name, value = match.groups()
             own[name] = expand(value, own, where)
-            names[name] = changes.get(name, expand(value, names, where))
+            names[name] = expand(changes.get(name, value), names, where)
         elif match := re.fullmatch(r"([\w.+-]+): +(.*)", line):
             name, command = match.groups()
             if name in runs:
