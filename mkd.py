@@ -51,15 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--teacher-mode", choices=("train", "eval"), default="train", help="teachers' batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
     # augmentation took more than it gave in pilot runs.
-    shapes = dict(
-        teacher_mode="eval",
-        fa="none",
-        threshold=0.95,
-        threshold_ss=0.95,
-        batch_size=4,
-        lr=2e-3,
-        epochs=4,
-    )
+    shapes = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95)
+    shapes.update(batch_size=4, lr=2e-3, epochs=4)
     args = common.parse(p, argv, all=dict(threshold=0.0), shapes=shapes)
     if args.fa == "all" and args.teacher_mode == "eval":  # Sigma keeps every step's features
         why = "features by running statistics explode at first"
@@ -358,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = (args.backbone, len(split.classes), args.output_stride, args.decoder)
     student_1 = common.build_network(*shape)
     common.check_crop(student_1, args.crop_size)
-    common.say(common.load_weights(student_1, args.backbone, args.weights))
+    common.say(common.load_weights(student_1, args.backbone, args.weights, split.classes))
     student_2 = common.build_network(*shape)
     common.say(common.load_weights(student_2, args.backbone, args.weights))
     if world > 1 and device.type == "cuda":
@@ -410,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     log = common.Log(args, start)
     common.catch_signals()
     if log.owes_evaluation(start):
-        common.validate(nets, split, args, device, log, start)
+        common.validate(nets, split, device, log, start)
 
     # ---- train
     batches = data.train_batches(split, args, rank, world, start, device)
@@ -438,11 +431,11 @@ def main(argv: list[str] | None = None) -> None:
         stop = common.stop_signal(done % args.log_every == 0)
         evaluate = done % args.eval_every == 0 or last
         if evaluate or stop or done % args.save_every == 0:
-            common.save(args, split, state, log, done)
+            common.save(state, split, log, done)
         if stop and not last:
             log.close(stop)
         if evaluate:
-            common.validate(nets, split, args, device, log, done)
+            common.validate(nets, split, device, log, done)
 
     # ---- teardown
     log.close()
