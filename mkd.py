@@ -96,24 +96,24 @@ def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
 
 def mix_mask(boxes: Tensor, crop: int) -> Tensor:
     """M [B, H, W], boxes [B, 3, 4] XORed onto zeros: True keeps a pixel, False is the partner's."""
-    one = data.rect_mask(boxes[:, 0], crop, crop)
-    two = data.rect_mask(boxes[:, 1], crop, crop)
-    three = data.rect_mask(boxes[:, 2], crop, crop)
-    return one ^ two ^ three
+    inside = data.rect_mask(boxes.flatten(0, 1), crop, crop).unflatten(0, (-1, 3))  # [B, 3, H, W]
+    return inside.sum(1) % 2 == 1
+
+
+def partner(values: Tensor) -> Tensor:
+    """values[pi] of [B, ...]: the partner pi swaps neighbours, 0-1, 2-3, ...
+
+    That is a roll by one in blocks of two: on the same rank however many ranks there are, and never
+    the image itself.
+    """
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def mix(values: Tensor, M: Tensor) -> Tensor:
-    """M * values + (1 - M) * values[pi] of values [B, ..., H, W]; M is resized by nearest cells.
-
-    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
-    the same rank however many ranks there are, and never the image itself.
-    """
-    pi = torch.arange(len(values), device=values.device) ^ 1
-    if M.shape[-2:] != values.shape[-2:]:
-        M = common.resize_mask(M, values.shape[-2:])
+    """M * values + (1 - M) * values[pi] of values [B, ..., H, W], M [B, H, W]."""
     if values.dim() == 4:
         M = M[:, None]
-    return torch.where(M, values, values[pi])
+    return torch.where(M, values, partner(values))
 
 
 class ClassStatistics(nn.Module):
@@ -248,10 +248,11 @@ def mkd_step(
         with autocast():
             z_t1, f_t1, _ = nets["teacher1"].parts(torch.cat([x, u]))
             z_t2, f_t2, _ = nets["teacher2"].parts(torch.cat([x, u]))
-        z_t1 = torch.cat([z_t1[:n_x], mix(z_t1[n_x:], M)]).float()
-        z_t2 = torch.cat([z_t2[:n_x], mix(z_t2[n_x:], M)]).float()
-        f_t1 = torch.cat([f_t1[:n_x], mix(f_t1[n_x:], M)])
-        f_t2 = torch.cat([f_t2[:n_x], mix(f_t2[n_x:], M)])
+        M_4 = common.resize_mask(M, z_t1.shape[-2:])
+        z_t1 = torch.cat([z_t1[:n_x], mix(z_t1[n_x:], M_4)]).float()
+        z_t2 = torch.cat([z_t2[:n_x], mix(z_t2[n_x:], M_4)]).float()
+        f_t1 = torch.cat([f_t1[:n_x], mix(f_t1[n_x:], M_4)])
+        f_t2 = torch.cat([f_t2[:n_x], mix(f_t2[n_x:], M_4)])
 
     # Students see x and u_mix (step 4)
     with autocast():
