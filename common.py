@@ -56,7 +56,6 @@ class CNN(nn.Sequential):
     """
 
     grid = 16  # evaluation pads images to the crop modulo this
-    patch = 1  # crops are multiples of this
 
     def __init__(self, name: str, output_stride: int) -> None:
         net = getattr(models, name)(weights=None)
@@ -137,7 +136,7 @@ class Block(nn.Module):
 class DINOv2(nn.Module):
     """Image [B, 3, H, W], H and W multiples of 14, to four maps [B, width, H/14, W/14]."""
 
-    grid = patch = PATCH
+    grid = PATCH
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -450,11 +449,6 @@ def pick_device(local: int) -> torch.device:
     return device
 
 
-def amp_dtype(amp: str) -> torch.dtype:
-    """The dtype of --amp."""
-    return torch.float16 if amp == "fp16" else torch.bfloat16
-
-
 def rank_sum(t: Tensor) -> Tensor:
     """Sum of a tensor over ranks, no gradient."""
     t = t.detach()
@@ -538,8 +532,8 @@ def predict(net: Segmenter, image: Tensor, settings: argparse.Namespace) -> Tens
     Whole image: logits. eval_mode "slide": mean softmax of windows of crop_size, 2/3 of it apart,
     the last one shifted inside. Precision is by settings.amp.
     """
-    amp = settings.amp
-    with torch.autocast(image.device.type, amp_dtype(amp), enabled=amp != "off"):
+    dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
+    with torch.autocast(image.device.type, dtype, enabled=settings.amp != "off"):
         if settings.eval_mode == "whole":
             return net(image)
         height, width = image.shape[-2:]
@@ -628,17 +622,6 @@ def predict_image(net: Segmenter, image: Image.Image, settings: argparse.Namespa
     return label.byte().cpu().numpy()
 
 
-def save_prediction(image: Image.Image, label: np.ndarray, folder: Path, name: str) -> None:
-    """<name>.png holds class ids [H, W], <name>_overlay.png the RGB image under their colours."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(label).save(folder / f"{name}.png")
-        colors = Image.fromarray(data.palette()[label])
-        Image.blend(image, colors, 0.5).save(folder / f"{name}_overlay.png")
-    except OSError as e:
-        raise RunError(f"{folder}: cannot be written ({e.strerror}); free space") from None
-
-
 def load_best(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[Segmenter, list[str], argparse.Namespace]:
@@ -653,53 +636,68 @@ def load_best(
         settings = argparse.Namespace(**saved["eval"])
         classes = list(saved["classes"])
     except (InputError, AttributeError, KeyError, RuntimeError, TypeError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(f"{path}: no best.pt of ours ({reason}); give one") from None
+        why = str(e).splitlines()[0]
+        raise InputError(f"{path}: no best.pt of ours ({why}); give one") from None
     return net.place(torch.device(device)).eval(), classes, settings
 
 
 def test(args: argparse.Namespace, device: torch.device) -> None:
-    """--test-only: the val images of --dataset, or --predict; on rank 0, an image a forward."""
+    """--test-only: evaluates a best.pt on the val images, or predicts --predict; on rank 0.
+
+    An unreadable picture of --predict is named, and the exit status then is 1.
+    """
     net, classes, _ = load_best(args.test_only, device)
-    check_crop(net, args.crop_size)
     if rank_world()[0] > 0:
         return
-    if args.predict:
-        predict_pictures(net, args)
-        return
-    source = data.load_source(args.dataset, args.root)
-    if classes != source.classes:
-        counts = f"its {len(classes)} classes are not the {len(source.classes)} of {args.dataset}"
-        raise InputError(f"{args.test_only}: {counts}; evaluate it on its own data set")
+    items = list_pictures(args) if args.predict else list_val(args, classes)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    for item in tqdm(source.val, unit="image", disable=None):
-        image = data.read_image(item)
-        truth = torch.from_numpy(np.array(data.read_mask(item, image.size, len(classes))))
+    unreadable = 0
+    for item in tqdm(items, unit="image", disable=None):
+        try:
+            image = data.read_image(item)
+        except InputError as e:
+            if not args.predict:
+                raise
+            print(f"error: {e}", file=sys.stderr)
+            unreadable += 1
+            continue
         label = predict_image(net, image, args)
-        confusion += confusion_matrix(torch.from_numpy(label), truth.long(), len(classes))
         if args.save_predictions:
             save_prediction(image, label, args.save_predictions, item.id)
-    miou, iou = iou_of(confusion)
-    for name, value in zip(classes, iou, strict=True):
+        if not args.predict:
+            truth = np.array(data.read_mask(item, image.size, len(classes)), np.int64)
+            truth = torch.from_numpy(truth)
+            confusion += confusion_matrix(torch.from_numpy(label), truth, len(classes))
+    if args.predict:
+        print(f"{args.save_predictions}: {len(items) - unreadable} predicted")
+        raise SystemExit(int(unreadable > 0))
+    miou, values = iou_of(confusion)
+    iou = dict(zip(classes, values, strict=True))
+    for name, value in iou.items():
         print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
-    note = absent_note(dict(zip(classes, iou, strict=True)))
     how = f"{net.config['backbone']}, {args.eval_mode}, amp {args.amp}"
-    print(f"mIoU {miou:.2f}{note} on {len(source.val)} images · {how} · {args.test_only}")
+    print(f"mIoU {miou:.2f}{absent_note(iou)} on {len(items)} images · {how} · {args.test_only}")
 
 
-def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
-    """--predict: class ids and an overlay of a picture, or of each in a folder, upright.
+def list_val(args: argparse.Namespace, classes: list[str]) -> list[data.Item]:
+    """The val images of --dataset; InputError unless it has these classes."""
+    source = data.load_source(args.dataset, args.root)
+    if source.classes != classes:
+        counts = f"its {len(classes)} classes are not the {len(source.classes)} of {args.dataset}"
+        raise InputError(f"{args.test_only}: {counts}; evaluate it on its own data set")
+    return source.val
 
-    Names that clash are an InputError; an unreadable picture is named, the exit status then is 1.
-    """
+
+def list_pictures(args: argparse.Namespace) -> list[data.Item]:
+    """The pictures of --predict, a file or a folder; InputError where output would overwrite."""
     pictures = [args.predict]
     if args.predict.is_dir():
         pictures = sorted(p for p in args.predict.iterdir() if p.is_file())
     if not pictures or not pictures[0].exists():
         raise InputError(f"--predict {args.predict}: no picture there; give a file or a folder")
-    folder = args.save_predictions
-    if folder.resolve() == pictures[0].parent.resolve():
-        raise InputError(f"--save-predictions {folder}: holds the pictures; give another folder")
+    if args.save_predictions.resolve() == pictures[0].parent.resolve():
+        what = f"--save-predictions {args.save_predictions}: holds the pictures"
+        raise InputError(f"{what}; give another folder")
     taken: dict[str, Path] = {}
     for path in pictures:
         for name in (path.stem, f"{path.stem}_overlay"):
@@ -707,18 +705,18 @@ def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
                 both = f"{taken[name].name} and {path.name} would both be {name}.png"
                 raise InputError(f"{path.parent}: {both}; rename one")
             taken[name] = path
-    unreadable = 0
-    for path in tqdm(pictures, unit="picture", disable=None):
-        try:
-            image = data.open_picture(path)
-        except InputError as e:
-            print(f"error: {e}", file=sys.stderr)
-            unreadable += 1
-            continue
-        save_prediction(image, predict_image(net, image, args), folder, path.stem)
-    print(f"{folder}: {len(pictures) - unreadable} pictures predicted, {unreadable} unreadable")
-    if unreadable:
-        raise SystemExit(1)
+    return [data.Item(path.stem, path, None) for path in pictures]
+
+
+def save_prediction(image: Image.Image, label: np.ndarray, folder: Path, name: str) -> None:
+    """<name>.png holds class ids [H, W], <name>_overlay.png the RGB image under their colours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(label).save(folder / f"{name}.png")
+        colors = Image.fromarray(data.palette()[label])
+        Image.blend(image, colors, 0.5).save(folder / f"{name}_overlay.png")
+    except OSError as e:
+        raise RunError(f"{folder}: cannot be written ({e.strerror}); free space") from None
 
 
 # --------------------------------------------------------------------------------------- flags
@@ -737,42 +735,50 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     p.set_defaults(method=Path(script).stem, sources=digest, labeled_only=False)
-    a = p.add_argument_group("data").add_argument
-    data.add_flags(a)
-    a("--crop-size", type=STEPS, help="side of the square training crop, pixels")
-    a("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="random scale in training")
-    a("--batch-size", type=STEPS, help="labelled images a step, all ranks; as many unlabelled")
-    a("--workers", type=COUNT, help="loader processes a rank; unset: 4, for shapes 0")
-    a = p.add_argument_group("network").add_argument
-    a("--backbone", choices=BACKBONES, help="encoder")
-    a("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
-    a("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: for DINOv2 alone")
-    a("--output-stride", type=int, choices=(8, 16), default=16, help="of a CNN backbone, pixels")
-    a = p.add_argument_group("optimisation").add_argument
-    a("--epochs", type=STEPS, help="passes over the unlabelled images")
-    a("--iters", type=STEPS, help="steps; overrides --epochs")
-    a("--optimizer", choices=("sgd", "adamw"), help="SGD has momentum 0.9")
-    a("--lr", type=POSITIVE, help="backbone's learning rate at step 0; falls as (1 - t/T)^0.9")
-    a("--head-lr-mult", type=POSITIVE, help="all but the backbone learns this many times faster")
-    a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
-    a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
-    a("--ohem-share", type=SHARE, default=0.156, help="of a batch's pixels, kept by OHEM at least")
-    a("--threshold", type=SHARE, help="tau: pseudo-label confidence threshold, 0 to 1")
-    a("--ramp", type=SHARE, help="share of the run in which unlabelled terms grow from 0 to full")
-    a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
-    a("--compile", action="store_true", help="torch.compile the networks")
-    a("--seed", type=COUNT, default=0, help="of weights, batches and augmentation")
-    a = p.add_argument_group("evaluation and output").add_argument
-    a("--eval-mode", choices=("whole", "slide"), default="whole", help="slide: crop-size windows")
-    a("--eval-every", type=STEPS, help="steps between evaluations; unset: once an epoch")
-    a("--save-every", type=STEPS, help="steps between saves, besides those before evaluations")
-    a("--log-every", type=STEPS, default=20, help="steps that a train line averages over")
-    a("--out", type=Path, help="unset: runs/<script>-<dataset>-<split>-s<seed>")
-    a("--overwrite", action="store_true", help="start anew over what --out holds")
-    a("--resume-edited", action="store_true", help="go on with a run that other sources began")
-    a("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
-    a("--predict", type=Path, metavar="PICTURES", help="a picture or a folder, with --test-only")
-    a("--save-predictions", type=Path, metavar="DIR", help="PNGs, with --test-only")
+    g = p.add_argument_group("data")
+    data.add_flags(g.add_argument)
+    g.add_argument("--crop-size", type=STEPS, help="side of the square training crop, pixels")
+    g.add_argument("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="random scale")
+    g.add_argument("--batch-size", type=STEPS, help="labelled images a step; as many unlabelled")
+    g.add_argument("--workers", type=COUNT, help="loader processes a rank; unset: 4, for shapes 0")
+    g = p.add_argument_group("network")
+    g.add_argument("--backbone", choices=BACKBONES, help="encoder")
+    g.add_argument("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
+    g.add_argument(
+        "--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: for DINOv2"
+    )
+    g.add_argument(
+        "--output-stride", type=int, choices=(8, 16), default=16, help="CNN stride, pixels"
+    )
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=STEPS, help="passes over the unlabelled images")
+    g.add_argument("--iters", type=STEPS, help="steps; overrides --epochs")
+    g.add_argument("--optimizer", choices=("sgd", "adamw"), help="SGD has momentum 0.9")
+    g.add_argument("--lr", type=POSITIVE, help="of the backbone at step 0; falls as (1 - t/T)^0.9")
+    g.add_argument("--head-lr-mult", type=POSITIVE, help="the rest's learning rate over --lr")
+    g.add_argument("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
+    g.add_argument(
+        "--sup-loss", choices=("ce", "ohem"), default="ce", help="ohem: hard pixels only"
+    )
+    g.add_argument("--ohem-share", type=SHARE, default=0.156, help="least share of pixels for OHEM")
+    g.add_argument("--threshold", type=SHARE, help="tau: pseudo-label confidence threshold, 0 to 1")
+    g.add_argument("--ramp", type=SHARE, help="share of the run in which unlabelled terms rise")
+    g.add_argument("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 if the GPU has it")
+    g.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    g.add_argument("--seed", type=COUNT, default=0, help="of weights, batches and augmentation")
+    g = p.add_argument_group("evaluation and output")
+    g.add_argument("--eval-mode", choices=("whole", "slide"), default="whole", help="image at once")
+    g.add_argument("--eval-every", type=STEPS, help="steps between evaluations; unset: an epoch")
+    g.add_argument("--save-every", type=STEPS, help="steps between saves; unset: --eval-every")
+    g.add_argument("--log-every", type=STEPS, default=20, help="steps between log lines")
+    g.add_argument("--out", type=Path, help="unset: runs/<script>-<dataset>-<split>-s<seed>")
+    g.add_argument("--overwrite", action="store_true", help="start anew over what --out holds")
+    g.add_argument("--resume-edited", action="store_true", help="resume despite edited code")
+    g.add_argument("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
+    g.add_argument(
+        "--predict", type=Path, metavar="PICTURES", help="file or folder, with --test-only"
+    )
+    g.add_argument("--save-predictions", type=Path, metavar="DIR", help="PNGs, with --test-only")
     return p
 
 
@@ -790,8 +796,8 @@ def parse(
         raise InputError(f"{first.test_only}: names no data set of ours; give --dataset too")
     dataset = data.find_dataset(name, first.root)
     preset = data.PRESETS[dataset] | method.get("all", {}) | method.get(dataset, {})
-    backbones = (first.backbone, vars(first).get("senior"))
-    if any(b and b.startswith("dinov2") for b in backbones):
+    vit = [b for b in (first.backbone, vars(first).get("senior")) if b in DINOV2]
+    if vit:
         preset |= data.DINOV2_PRESETS[dataset]
     if isinstance(saved.get("eval"), dict):  # --test-only: as best.pt was evaluated, unless told
         # as text, which argparse checks like a flag
@@ -802,6 +808,10 @@ def parse(
         raise InputError("--save-predictions: goes with --test-only CKPT")
     if args.predict and not args.save_predictions:
         raise InputError("--predict: goes with --test-only CKPT --save-predictions DIR")
+    patch = PATCH if vit else 1
+    if args.crop_size < 32 or args.crop_size % patch:
+        needs = f"give at least 32 pixels, for DINOv2 a multiple of {PATCH}"
+        raise InputError(f"--crop-size {args.crop_size}: {needs}")
     if dataset == "shapes" and not name:
         fetch = f"python data.py --dataset pascal --root {args.root} --download"
         say(f"NOTE: no PASCAL VOC 2012 under {args.root}: this run uses the built-in shapes")
@@ -840,14 +850,6 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
     if args.compile:
         # a part in training, in eval and at each size share one cache, of 8 by default
         torch._dynamo.config.cache_size_limit = 64
-
-
-def check_crop(net: Segmenter, crop: int) -> None:
-    """InputError unless crops, and windows, are of a size that the network takes."""
-    patch = net.backbone.patch
-    if crop < 32 or crop % patch:
-        needs = f"{net.config['backbone']} needs at least 32 pixels and a multiple of {patch}"
-        raise InputError(f"--crop-size {crop}: {needs}, e.g. {-(-max(crop, 32) // patch) * patch}")
 
 
 # ------------------------------------------------------------------------------ the run folder

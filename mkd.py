@@ -34,21 +34,24 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 from common import masked_mean
+from data import SHARE, WEIGHT
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and MKD's own. Weights are the released config's, but on shapes."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
-    a = p.add_argument_group("MKD").add_argument
-    a("--ema", type=common.SHARE, default=0.6, help="upper limit of the teachers' momentum m")
-    a("--lambda-st", type=common.WEIGHT, default=1.5, help="weight of L_st, from the teachers")
-    a("--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students")
-    a("--threshold-ss", type=common.SHARE, default=0.0, help="tau of L_ss; --threshold is L_st's")
-    a("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
-    a("--lambda0", type=common.WEIGHT, default=1.5, help="strength of --fa at the end")
-    a("--keep-padding", action=flag, default=False, help="padding takes part, as in released code")
-    a("--teacher-mode", choices=("train", "eval"), default="train", help="teachers' batch norm")
+    g = p.add_argument_group("MKD")
+    g.add_argument("--ema", type=SHARE, default=0.6, help="most of the teachers' momentum m")
+    g.add_argument("--lambda-st", type=WEIGHT, default=1.5, help="weight of L_st, by the teachers")
+    g.add_argument("--lambda-ss", type=WEIGHT, default=1.0, help="weight of L_ss, of the students")
+    g.add_argument("--threshold-ss", type=SHARE, default=0.0, help="tau of L_ss, between students")
+    g.add_argument("--fa", choices=("all", "students", "none"), default="all", help="whose logits")
+    g.add_argument("--lambda0", type=WEIGHT, default=1.5, help="strength of --fa at the end")
+    g.add_argument(
+        "--keep-padding", action=flag, default=False, help="learn on padding, as released"
+    )
+    g.add_argument("--teacher-mode", choices=("train", "eval"), default="train", help="batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
     # augmentation took more than it gave in pilot runs.
     shapes = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95)
@@ -351,7 +354,6 @@ def main(argv: list[str] | None = None) -> None:
     # ---- networks (step 1): one seed is drawn on for both students, so their heads differ
     shape = (args.backbone, len(split.classes), args.output_stride, args.decoder)
     student_1 = common.build_network(*shape)
-    common.check_crop(student_1, args.crop_size)
     common.say(common.load_weights(student_1, args.backbone, args.weights, split.classes))
     student_2 = common.build_network(*shape)
     common.say(common.load_weights(student_2, args.backbone, args.weights))

@@ -29,21 +29,24 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 from common import masked_mean
+from data import POSITIVE, WEIGHT
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and SegKC's own; --backbone is the junior's, the one of inference."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
-    a = p.add_argument_group("SegKC").add_argument
+    g = p.add_argument_group("SegKC")
     junior = dict(dest="backbone", choices=common.BACKBONES, default=argparse.SUPPRESS)
-    a("--junior", **junior, help="as --backbone")
-    a("--senior", choices=common.BACKBONES, help="encoder of the senior")
-    a("--senior-weights", help="like --weights, of the senior; unset: --weights")
-    a("--lambda-cps", type=common.WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels")
-    a("--lambda-feat", type=common.WEIGHT, default=0.5, help="weight of the feature terms")
-    a("--lambda-kd", type=common.WEIGHT, default=0.5, help="weight of L_kd, senior to junior")
-    a("--consult", choices=("both", "j2s", "s2j", "none"), default="both", help="feature terms")
-    a("--temperature", type=common.POSITIVE, default=1.0, help="t of L_kd")
+    g.add_argument("--junior", **junior, help="as --backbone")
+    g.add_argument("--senior", choices=common.BACKBONES, help="encoder of the senior")
+    g.add_argument("--senior-weights", help="like --weights, of the senior; unset: --weights")
+    g.add_argument("--lambda-cps", type=WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels")
+    g.add_argument("--lambda-feat", type=WEIGHT, default=0.5, help="weight of the feature terms")
+    g.add_argument("--lambda-kd", type=WEIGHT, default=0.5, help="weight of L_kd, senior to junior")
+    g.add_argument(
+        "--consult", choices=("both", "j2s", "s2j", "none"), default="both", help="directions"
+    )
+    g.add_argument("--temperature", type=POSITIVE, default=1.0, help="t of L_kd")
     pair = dict(senior="resnet101", backbone="resnet50")
     shapes = dict(senior="resnet34", backbone="resnet18", epochs=6)
     args = common.parse(p, argv, all=pair, shapes=shapes)
@@ -249,8 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     senior = common.build_network(args.senior, *decoder)
     loaded = common.load_weights(senior, args.senior, args.senior_weights)
     common.say(f"senior: {loaded}")
-    for net in (junior, senior):
-        common.check_crop(net, args.crop_size)
+
     if world > 1 and device.type == "cuda":
         junior = nn.SyncBatchNorm.convert_sync_batchnorm(junior)
         senior = nn.SyncBatchNorm.convert_sync_batchnorm(senior)

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 from common import masked_mean
+from data import POSITIVE, STEPS, WEIGHT
 
 PAD_ENTROPY = -1.0  # entropy of a cell without image: below every real one
 
@@ -39,17 +40,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and SPEED's own."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
-    a = p.add_argument_group("SPEED").add_argument
-    a("--labeled-only", action="store_true", help="the supervised baseline of all methods")
-    a("--grid", type=common.STEPS, default=4, help="n: EntropyMix cells a side")
-    a("--pick", choices=("max", "min", "random"), default="max", help="entropy of the view taken")
-    a("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
-    a("--host-cutmix", action=flag, default=True, help="CutMix u1 and u2 before EntropyMix")
-    a("--lambda-u", type=common.WEIGHT, default=1.0, help="weight of L_u, pseudo-labels")
-    a("--alpha", type=common.WEIGHT, default=1.0, help="weight of L_feat, pixel relations")
-    a("--beta", type=common.WEIGHT, default=1.0, help="weight of L_logit, distilled logits")
-    a("--feature-temperature", type=common.POSITIVE, default=0.1, help="divides f f^T in L_feat")
-    a("--temperature", type=common.POSITIVE, default=1.0, help="t of L_logit")
+    g = p.add_argument_group("SPEED")
+    g.add_argument("--labeled-only", action="store_true", help="supervised baseline of all methods")
+    g.add_argument("--grid", type=STEPS, default=4, help="n: EntropyMix cells a side")
+    g.add_argument("--pick", choices=("max", "min", "random"), default="max", help="which entropy")
+    g.add_argument("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
+    g.add_argument("--host-cutmix", action=flag, default=True, help="CutMix before EntropyMix")
+    g.add_argument("--lambda-u", type=WEIGHT, default=1.0, help="weight of L_u, pseudo-labels")
+    g.add_argument("--alpha", type=WEIGHT, default=1.0, help="weight of L_feat, pixel relations")
+    g.add_argument("--beta", type=WEIGHT, default=1.0, help="weight of L_logit, distilled logits")
+    g.add_argument("--feature-temperature", type=POSITIVE, default=0.1, help="divides f f^T")
+    g.add_argument("--temperature", type=POSITIVE, default=1.0, help="t of L_logit")
     return common.parse(p, argv)
 
 
@@ -270,7 +271,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- network
     net = common.build_network(args.backbone, len(split.classes), args.output_stride, args.decoder)
-    common.check_crop(net, args.crop_size)
     common.say(common.load_weights(net, args.backbone, args.weights, split.classes))
     if world > 1 and device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
