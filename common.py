@@ -675,7 +675,7 @@ def list_pictures(args: argparse.Namespace) -> list[data.Item]:
     """The pictures of --predict, a file or a folder; InputError where output would overwrite."""
     pictures = [args.predict]
     if args.predict.is_dir():
-        pictures = sorted(p for p in args.predict.iterdir() if p.is_file())
+        pictures = sorted(p for p in args.predict.iterdir() if p.is_file() and p.name[0] != ".")
     if not pictures or not pictures[0].exists():
         raise InputError(f"--predict {args.predict}: no picture there; give a file or a folder")
     folder = args.save_predictions

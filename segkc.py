@@ -252,7 +252,6 @@ def main(argv: list[str] | None = None) -> None:
     senior = common.build_network(args.senior, *decoder)
     loaded = common.load_weights(senior, args.senior, args.senior_weights)
     common.say(f"senior: {loaded}")
-
     if world > 1 and device.type == "cuda":
         junior = nn.SyncBatchNorm.convert_sync_batchnorm(junior)
         senior = nn.SyncBatchNorm.convert_sync_batchnorm(senior)
