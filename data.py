@@ -55,22 +55,49 @@ ROOT = Path("data")  # default of --root
 PROTOCOLS = ("classic", "blended", "priority")
 
 # What the field trains each data set with; `epochs` counts passes over the unlabelled images.
-_CNN = dict(backbone="resnet101", weights="imagenet", optimizer="sgd", weight_decay=1e-4)
-_CNN |= dict(threshold=0.95, scale=(0.5, 2.0), ramp=0.0)
-_VOC = _CNN | dict(crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10.0)
-_CITY = dict(crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1.0, threshold=0.0)
-_CITY |= dict(sup_loss="ohem", eval_mode="slide")
-_SHAPES = dict(backbone="resnet18", weights="none", optimizer="adamw", lr=1e-3, head_lr_mult=1.0)
-_SHAPES |= dict(crop_size=64, batch_size=8, epochs=7, scale=(0.8, 1.25), ramp=0.5, eval_every=120)
-PRESETS = dict(pascal=_VOC, folder=_VOC, cityscapes=_CNN | _CITY, shapes=_CNN | _SHAPES)
-_VIT = dict(optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, threshold=0.95)
-_VIT_VOC = _VIT | dict(crop_size=518, batch_size=16, epochs=60)
-DINOV2_PRESETS = dict(
-    pascal=_VIT_VOC,
-    folder=_VIT_VOC,
-    cityscapes=_VIT | dict(crop_size=798, batch_size=8, epochs=180),
-    shapes=_VIT | dict(crop_size=70, batch_size=8, lr=5e-4, head_lr_mult=1.0),  # from scratch
-)
+# fmt: off
+PRESETS = {
+    "pascal": dict(
+        backbone="resnet101", weights="imagenet", crop_size=321, scale=(0.5, 2.0), batch_size=8,
+        epochs=80, optimizer="sgd", lr=1e-3, head_lr_mult=10.0, weight_decay=1e-4,
+        threshold=0.95, ramp=0.0,
+    ),
+    "folder": dict(
+        backbone="resnet101", weights="imagenet", crop_size=321, scale=(0.5, 2.0), batch_size=8,
+        epochs=80, optimizer="sgd", lr=1e-3, head_lr_mult=10.0, weight_decay=1e-4,
+        threshold=0.95, ramp=0.0,
+    ),
+    "cityscapes": dict(
+        backbone="resnet101", weights="imagenet", crop_size=801, scale=(0.5, 2.0), batch_size=8,
+        epochs=240, optimizer="sgd", lr=5e-3, head_lr_mult=1.0, weight_decay=1e-4,
+        threshold=0.0, ramp=0.0, sup_loss="ohem", eval_mode="slide",
+    ),
+    "shapes": dict(
+        backbone="resnet18", weights="none", crop_size=64, scale=(0.8, 1.25), batch_size=8,
+        epochs=7, optimizer="adamw", lr=1e-3, head_lr_mult=1.0, weight_decay=1e-4,
+        threshold=0.95, ramp=0.5, eval_every=120,
+    ),
+}
+# A DINOv2 backbone changes these; shapes train one from scratch.
+DINOV2_PRESETS = {
+    "pascal": dict(
+        crop_size=518, batch_size=16, epochs=60, optimizer="adamw", lr=5e-6, head_lr_mult=40.0,
+        weight_decay=0.01, threshold=0.95,
+    ),
+    "folder": dict(
+        crop_size=518, batch_size=16, epochs=60, optimizer="adamw", lr=5e-6, head_lr_mult=40.0,
+        weight_decay=0.01, threshold=0.95,
+    ),
+    "cityscapes": dict(
+        crop_size=798, batch_size=8, epochs=180, optimizer="adamw", lr=5e-6, head_lr_mult=40.0,
+        weight_decay=0.01, threshold=0.95,
+    ),
+    "shapes": dict(
+        crop_size=70, batch_size=8, optimizer="adamw", lr=5e-4, head_lr_mult=1.0,
+        weight_decay=0.01, threshold=0.95,
+    ),
+}
+# fmt: on
 
 
 class InputError(Exception):
@@ -126,19 +153,22 @@ def _pascal(root: Path) -> Source:
         command = f"python data.py --dataset pascal --root {root} --download"
         raise InputError(f"{root}: {what}; fetch it with: {command}")
     lists = voc / "ImageSets/Segmentation"
-    fine, val = set(_list(lists / "train.txt")), _list(lists / "val.txt")
+    fine = set(_list(lists / "train.txt"))
+    val = _list(lists / "val.txt")
     own = fine.union(val)  # ids with masks of VOC's own
     if (lists / "trainaug.txt").is_file():
         train = set(_list(lists / "trainaug.txt"))
     else:  # without that list: every mask there is, VOC's val taken out
         train = own.union(p.stem for p in voc.glob("SegmentationClassAug/*.png")) - set(val)
 
-    def item(id: str) -> Item:
-        mask = f"SegmentationClass{'' if id in own else 'Aug'}/{id}.png"
-        return Item(id, voc / f"JPEGImages/{id}.jpg", voc / mask)
+    def items(ids: list[str]) -> list[Item]:
+        found = []
+        for id in ids:
+            folder = "SegmentationClass" if id in own else "SegmentationClassAug"
+            found.append(Item(id, voc / f"JPEGImages/{id}.jpg", voc / folder / f"{id}.png"))
+        return found
 
-    train, val = ([*map(item, ids)] for ids in (sorted(train), val))
-    return Source("pascal", VOC_CLASSES, voc, train, val, fine)
+    return Source("pascal", VOC_CLASSES, voc, items(sorted(train)), items(val), fine)
 
 
 def _cityscapes(root: Path) -> Source:
@@ -293,11 +323,16 @@ def _open(path: Path, what: str, decode: bool = True) -> Image.Image:
         raise InputError(f"{path}: no readable {what} ({e}); replace or remove it") from None
 
 
+def open_picture(path: Path) -> Image.Image:
+    """A picture as RGB. A file that cannot be decoded is an InputError."""
+    return _open(path, "image").convert("RGB")
+
+
 def read_image(item: Item) -> Image.Image:
     """The image of an item as RGB. A file that cannot be decoded is an InputError."""
     if isinstance(item.image, int):
         return Image.fromarray(draw_shapes(item.image)[0])
-    return _open(item.image, "image").convert("RGB")
+    return open_picture(item.image)
 
 
 def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Image:
@@ -337,6 +372,13 @@ class Split:
     classes: list[str]
     hash: str  # of the labelled and unlabelled ids, and of masks that are not the data set's
     line: str  # says data set, protocol, counts and hash: the run's first log line
+    notes: list[str]  # a line each: what the data folder holds that is left out, and why
+
+
+def load_split(args: argparse.Namespace) -> Split:
+    """The split that the flags of `add_flags` name. InputError says what is wrong with it."""
+    source = load_source(args.dataset, args.root)
+    return make_split(source, args.split, args.split_seed, args.protocol)
 
 
 def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Split:
@@ -346,8 +388,8 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     Draws are nested: 1/16 is part of 1/8. InputError names the value or the id that is wrong.
     """
     if os.path.isdir(split):
-        files = (Path(split) / name for name in ("labeled.txt", "unlabeled.txt"))
-        labeled, unlabeled = (_read_list(source, f) for f in files)
+        labeled = _read_list(source, Path(split) / "labeled.txt")
+        unlabeled = _read_list(source, Path(split) / "unlabeled.txt")
         said = f"lists of {split}"
     else:
         labeled, unlabeled = _draw(source, split, split_seed, protocol)
@@ -360,30 +402,34 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
             raise InputError(f"--protocol {protocol}: {why}; add SBD's by {command}")
         said += " (no SBD: VOC's own images alone)"
 
-    parts, seen = dict(val=source.val, labelled=labeled, unlabelled=unlabeled), {}
-    for part, item in ((part, item) for part, items in parts.items() for item in items):
-        if item.image in seen:
-            both = f"listed as {seen[item.image]} and as {part} image"
-            raise InputError(f"{said}: {item.id} is {both}; list it once")
-        seen[item.image] = part
-        files = (item.image,) if part == "unlabelled" else (item.image, item.mask)
-        lost = [f for f in files if source.name != "shapes" and not (f and os.path.isfile(f))]
-        if lost:
-            what = f"{part} image; there is no {lost[0] or 'mask'}"
-            raise InputError(f"{item.id}: {what}; add it or unlist the id")
+    seen = {}
+    for part, items in (("val", source.val), ("labelled", labeled), ("unlabelled", unlabeled)):
+        for item in items:
+            if item.image in seen:
+                both = f"listed as {seen[item.image]} and as {part} image"
+                raise InputError(f"{said}: {item.id} is {both}; list it once")
+            seen[item.image] = part
+            files = (item.image,) if part == "unlabelled" else (item.image, item.mask)
+            for file in files if source.name != "shapes" else ():
+                if file is None or not os.path.isfile(file):
+                    what = f"{part} image; there is no {file or 'mask'}"
+                    raise InputError(f"{item.id}: {what}; add it or unlist the id")
+
     own = {(i.image, i.mask) for i in source.train}
-
-    def name(i: Item) -> str:  # lists may give an image another mask than the data set's
-        files = (p.relative_to(source.root).as_posix() for p in (i.image, i.mask) if p)
-        return i.id if (i.image, i.mask) in own else f"{i.id} {' '.join(files)}"
-
-    ids = "\n".join([name(i) for i in labeled] + ["--"] + [i.id for i in unlabeled])
-    digest = hashlib.sha256(ids.encode()).hexdigest()[:8]
+    ids = []
+    for i in labeled:  # lists may give an image another mask than the data set's
+        name = i.id
+        if (i.image, i.mask) not in own:
+            for file in (i.image, i.mask):
+                name += f" {file.relative_to(source.root).as_posix()}"
+        ids.append(name)
+    ids += ["--", *[i.id for i in unlabeled]]
+    digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:8]
     line = (
         f"{source.name}: {said}: {len(labeled)} labelled, {len(unlabeled)} unlabelled, "
         f"{len(source.val)} val images, {len(source.classes)} classes, lists {digest}"
     )
-    return Split(labeled, unlabeled, source.val, source.classes, digest, line)
+    return Split(labeled, unlabeled, source.val, source.classes, digest, line, [])
 
 
 def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[Item], list[Item]]:
@@ -412,7 +458,8 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
 def _read_list(source: Source, path: Path) -> list[Item]:
     """Items of a list: `image mask` paths relative to the root, or bare ids, one a line."""
     both = (*source.val, *source.train)  # where they share an id, a list means the training image
-    by_id, by_image = {i.id: i for i in both}, {i.image: i for i in both}
+    by_id = {i.id: i for i in both}
+    by_image = {i.image: i for i in both}
     items = []
     for line in _list(path):
         words = [line] if line in by_id else line.split()
@@ -465,12 +512,15 @@ def weak_view(
     and the rectangle (top, left, bottom, right) that holds image, the rest being padding.
     """
     factor = r.uniform(*scale)
-    w, h = (max(1, round(s * factor)) for s in image.size)
+    w = max(1, round(image.width * factor))
+    h = max(1, round(image.height * factor))
     cw, ch = min(crop, w), min(crop, h)  # what the crop holds of the scaled image
-    left, top = r.integers(w - cw + 1), r.integers(h - ch + 1)
-    sx, sy = image.size[0] / w, image.size[1] / h
-    box = (left * sx, top * sy, (left + cw) * sx, (top + ch) * sy)
-    box = tuple(min(edge, size) for edge, size in zip(box, image.size * 2, strict=True))
+    left = r.integers(w - cw + 1)
+    top = r.integers(h - ch + 1)
+    sx, sy = image.width / w, image.height / h
+    right = min((left + cw) * sx, image.width)  # rounding must not lead out of the image
+    bottom = min((top + ch) * sy, image.height)
+    box = (left * sx, top * sy, right, bottom)
     flip = r.random() < 0.5
     rect = (0, crop - cw, ch, crop) if flip else (0, 0, ch, cw)
 
@@ -513,18 +563,24 @@ def cutmix_box(crop: int, r: np.random.Generator) -> tuple[int, int, int, int]:
 class TrainBatches(Dataset):
     """One rank's share of the global batch of a step; the step is the index.
 
-    Item `step`: x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R]; unless labeled_only also
-    u and u_rect alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box) and
-    `order` of the four jitter ops, one for the whole global batch; x_id and u_id name the images.
+    Item `step`: x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R], x_id; with `unlabeled` also
+    u, u_rect, u_id alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box)
+    and `order` of the four jitter ops, one for the whole global batch. `step` and `positions` (in
+    the global batch) say which samples these are.
     An InputError comes back as {"error": line}: a worker must not die in silence.
     """
 
     def __init__(
-        self, split: Split, args: argparse.Namespace, rank: int = 0, world: int = 1
+        self,
+        split: Split,
+        args: argparse.Namespace,
+        rank: int = 0,
+        world: int = 1,
+        unlabeled: bool = True,
     ) -> None:
         share = args.batch_size // world
-        self.positions = range(rank * share, (rank + 1) * share)  # in the global batch
-        self.split, self.seed, self.labeled_only = split, args.seed, args.labeled_only
+        self.positions = list(range(rank * share, (rank + 1) * share))
+        self.split, self.seed, self.unlabeled = split, args.seed, unlabeled
         self.crop, self.scale = args.crop_size, args.scale
         self.batch, self.steps = args.batch_size, args.iters
 
@@ -551,35 +607,42 @@ class TrainBatches(Dataset):
             return {"error": str(e)}
 
     def load(self, step: int) -> dict:
-        labeled, views = self.pick(self.split.labeled, "labeled", step), []
-        for item, r in zip(labeled, self.rngs("x", step), strict=True):
-            image = read_image(item)
-            mask = read_mask(item, image.size, len(self.split.classes))
-            views.append(weak_view(image, mask, self.crop, self.scale, r))
-        x, y, rect = zip(*views, strict=True)
-        batch = {"x": _stack(x), "y": _stack(y), "x_rect": torch.tensor(rect)}
-        batch["x_id"] = [item.id for item in labeled]
-        if self.labeled_only:
-            return batch
-        unlabeled = self.pick(self.split.unlabeled, "unlabeled", step)
-        pairs = zip(unlabeled, self.rngs("u", step), strict=True)
-        views = [weak_view(read_image(item), None, self.crop, self.scale, r) for item, r in pairs]
-        u, _, rect = zip(*views, strict=True)
-        batch |= {"u": _stack(u), "u_rect": torch.tensor(rect), "u_id": [i.id for i in unlabeled]}
-        strong = [[strong_params(r) for r in self.rngs(f"strong{v}", step)] for v in (1, 2)]
-        boxes = [[cutmix_box(self.crop, r) for r in self.rngs(f"box{v}", step)] for v in (1, 2)]
-        order = rng(self.seed, "order", step).permutation(4).tolist()
-        strong, boxes = torch.tensor(strong, dtype=torch.float32), torch.tensor(boxes)
-        return batch | {"strong": strong, "box": boxes, "order": order}
+        batch = {"step": step, "positions": self.positions}
+        items = self.pick(self.split.labeled, "labeled", step)
+        self.views(batch, "x", items, step)
+        if self.unlabeled:
+            items = self.pick(self.split.unlabeled, "unlabeled", step)
+            self.views(batch, "u", items, step)
+            strong, boxes = [], []
+            for v in (1, 2):
+                strong.append([strong_params(r) for r in self.rngs(f"strong{v}", step)])
+                boxes.append([cutmix_box(self.crop, r) for r in self.rngs(f"box{v}", step)])
+            batch["strong"] = torch.tensor(strong, dtype=torch.float32)
+            batch["box"] = torch.tensor(boxes)
+            batch["order"] = rng(self.seed, "order", step).permutation(4).tolist()
+        return batch
+
+    def views(self, batch: dict, name: str, items: list[Item], step: int) -> None:
+        """Adds the weak views of x (with their labels y) or of u."""
+        images, labels, rects = [], [], []
+        for item, r in zip(items, self.rngs(name, step), strict=True):
+            image, mask = read_image(item), None
+            if name == "x":
+                mask = read_mask(item, image.size, len(self.split.classes))
+            view, label, rect = weak_view(image, mask, self.crop, self.scale, r)
+            images.append(view)
+            labels.append(label)
+            rects.append(rect)
+        batch[name] = torch.from_numpy(np.stack(images))
+        if name == "x":
+            batch["y"] = torch.from_numpy(np.stack(labels))
+        batch[f"{name}_rect"] = torch.tensor(rects)
+        batch[f"{name}_id"] = [item.id for item in items]
 
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, stream: str, epoch: int, n: int) -> np.ndarray:
     return rng(seed, stream, epoch).permutation(n)
-
-
-def _stack(arrays: tuple[np.ndarray, ...]) -> Tensor:
-    return torch.from_numpy(np.stack(arrays))
 
 
 def _loaded(dataset: Dataset, steps: range, workers: int, device: torch.device) -> Iterator[dict]:
@@ -597,18 +660,35 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; the host does not wait for the copy."""
+    if device.type == "cuda":
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
+
 def train_batches(
-    dataset: TrainBatches, start: int, workers: int, device: torch.device
+    split: Split,
+    args: argparse.Namespace,
+    rank: int,
+    world: int,
+    start: int,
+    device: torch.device,
+    unlabeled: bool = True,
 ) -> Iterator[dict]:
-    """Yields the batches from step `start` on, on the device; images [B, 3, H, W] in [0, 1]."""
-    for batch in _loaded(dataset, range(start, len(dataset)), workers, device):
+    """Yields this rank's batches from step `start` on, on the device, see TrainBatches.
+
+    x and u are [b, 3, H, W] float in [0, 1], y is int64, x_valid and u_valid [b, H, W] bool.
+    """
+    dataset = TrainBatches(split, args, rank, world, unlabeled)
+    for batch in _loaded(dataset, range(start, len(dataset)), args.workers, device):
         for name, value in batch.items():
             if isinstance(value, Tensor):
-                batch[name] = value.to(device, non_blocking=True)
-        for name in {"x", "u"} & batch.keys():
+                batch[name] = to_device(value, device)
+        batch["y"] = batch["y"].long()
+        for name in ("x", "u") if unlabeled else ("x",):
             batch[name] = batch[name].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
             batch[f"{name}_valid"] = rect_mask(batch[f"{name}_rect"], dataset.crop, dataset.crop)
-        batch["y"] = batch["y"].long()
         yield batch
 
 
@@ -617,20 +697,20 @@ def train_batches(
 
 def rect_mask(rect: Tensor, height: int, width: int) -> Tensor:
     """[B, R] rectangles (top, left, bottom, right) as [B, H, W] bool, True inside."""
-    row, col = (torch.arange(n, device=rect.device)[None] for n in (height, width))
+    row = torch.arange(height, device=rect.device)[None]
+    col = torch.arange(width, device=rect.device)[None]
     top, left, bottom, right = rect[..., None].unbind(1)
     return ((row >= top) & (row < bottom))[:, :, None] & ((col >= left) & (col < right))[:, None]
 
 
 def normalize(x: Tensor) -> Tensor:
     """[B, 3, H, W] in [0, 1] to the backbones' zero mean and unit deviation."""
-    mean, std = _mean_std(x.device)
-    return (x - mean) / std
+    return (x - _channels(MEAN, x.device)) / _channels(STD, x.device)
 
 
-@functools.cache
-def _mean_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    return tuple(torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+@functools.cache  # a copy to the device is made once
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def strong_views(u: Tensor, strong: Tensor, order: list[int]) -> Tensor:
@@ -695,27 +775,36 @@ def _gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 6) -> Tensor:
 # --------------------------------------------------------------------------- evaluation batches
 
 
+VAL_PIXELS = 2**21  # of a batch
+
+
 class ValBatches(Dataset):
     """Every val image once, in batches of one padded size that do not depend on who reads them.
 
     Item k: image [b, H, W, 3] uint8 and label [b, H, W] uint8, padded at the right and bottom to
-    multiples of `grid` (label 255 there), size [(height, width)] before padding, id [b]. A batch
-    has at most `pixels`.
+    the smallest size that is congruent to `crop` modulo `grid` (label 255 there), size
+    [(height, width)] before padding, id [b]. Aligned corners then put the cells of an image where
+    those of a training crop lie. A batch has at most `most` images and VAL_PIXELS pixels.
     """
 
-    def __init__(self, items: list[Item], num_classes: int, grid: int, pixels: int = 2**21) -> None:
-        self.items, self.num_classes, self.grid = items, num_classes, grid
+    def __init__(
+        self, items: list[Item], num_classes: int, grid: int, crop: int = 0, most: int = 16
+    ) -> None:
+        self.items, self.num_classes, self.grid, self.crop = items, num_classes, grid, crop
         buckets: dict[tuple[int, int], list[int]] = {}
         for k, item in enumerate(items):
             buckets.setdefault(self.padded(_size(item)), []).append(k)
         self.batches = []
         for (h, w), members in buckets.items():
-            n = max(1, min(16, pixels // (h * w)))
+            n = max(1, min(most, VAL_PIXELS // (h * w)))
             self.batches += [members[i : i + n] for i in range(0, len(members), n)]
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) of an image to the (height, width) that it is evaluated at."""
-        return tuple(-(-s // self.grid) * self.grid for s in size[::-1])
+        width, height = size
+        below = (self.crop - height) % self.grid
+        beside = (self.crop - width) % self.grid
+        return height + below, width + beside
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -727,14 +816,17 @@ class ValBatches(Dataset):
             return {"error": str(e)}
 
     def load(self, items: list[Item]) -> dict:
-        shape, sizes = (len(items), *self.padded(_size(items[0]))), []
-        image, label = np.full((*shape, 3), FILL, np.uint8), np.full(shape, IGNORE, np.uint8)
+        height, width = self.padded(_size(items[0]))
+        images = np.full((len(items), height, width, 3), FILL, np.uint8)
+        labels = np.full((len(items), height, width), IGNORE, np.uint8)
+        sizes = []
         for b, item in enumerate(items):
-            pic = read_image(item)
-            sizes.append((pic.height, pic.width))
-            inside = np.s_[b, : pic.height, : pic.width]
-            image[inside], label[inside] = pic, read_mask(item, pic.size, self.num_classes)
-        image, label = torch.from_numpy(image), torch.from_numpy(label)
+            image = read_image(item)
+            w, h = image.size
+            images[b, :h, :w] = image
+            labels[b, :h, :w] = read_mask(item, image.size, self.num_classes)
+            sizes.append((h, w))
+        image, label = torch.from_numpy(images), torch.from_numpy(labels)
         return dict(image=image, label=label, size=sizes, id=[i.id for i in items])
 
 
@@ -750,9 +842,10 @@ def val_batches(
 ) -> Iterator[dict]:
     """Yields a rank's share of the val batches: image [b, 3, H, W] normalised, label int64."""
     for batch in _loaded(dataset, range(rank, len(dataset), world), workers, device):
-        image, label = (batch[k].to(device, non_blocking=True) for k in ("image", "label"))
-        image = normalize(image.permute(0, 3, 1, 2).float() / 255)
-        yield batch | {"image": image, "label": label.long()}
+        image = to_device(batch["image"], device).permute(0, 3, 1, 2)
+        batch["image"] = normalize(image.float() / 255)
+        batch["label"] = to_device(batch["label"], device).long()
+        yield batch
 
 
 # ------------------------------------------------------------------ pictures and command line
@@ -821,15 +914,17 @@ def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, pa
     items = [i for i in source.train if i.mask][:8]
     if not items:
         raise InputError(f"--preview: {source.root} has no train image with a mask; add one")
-    split = Split(items, items, [], source.classes, "", "")
-    args = dict(seed=seed, crop_size=crop, scale=scale, batch_size=8, iters=1)
-    args = argparse.Namespace(**args, labeled_only=False)
-    batch = next(train_batches(TrainBatches(split, args), 0, 0, torch.device("cpu")))
-    strong = strong_views(batch["u"], batch["strong"], batch["order"])
-    box, pi = rect_mask(batch["box"][0], crop, crop)[:, None], torch.arange(len(strong[0])) ^ 1
-    cut = torch.where(box, strong[0][pi], strong[0])
+    split = Split(items, items, [], source.classes, "", "", [])
+    args = argparse.Namespace(
+        seed=seed, crop_size=crop, scale=scale, batch_size=8, iters=1, workers=0
+    )
+    batch = next(train_batches(split, args, 0, 1, 0, torch.device("cpu")))
+    u1, u2 = strong_views(batch["u"], batch["strong"], batch["order"])
+    box = rect_mask(batch["box"][0], crop, crop)[:, None]  # [B, 1, H, W]
+    partner = torch.arange(8) ^ 1
+    mixed = torch.where(box, u1[partner], u1)
     labels = torch.from_numpy(palette()[batch["y"].numpy()]).permute(0, 3, 1, 2) / 255
-    columns = torch.cat([batch["u"], *strong, cut, batch["x"], labels], 3)  # [B, 3, H, 6W]
+    columns = torch.cat([batch["u"], u1, u2, mixed, batch["x"], labels], 3)  # [B, 3, H, 6W]
     rows = (columns.permute(0, 2, 3, 1).flatten(0, 1) * 255).round().byte()
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rows.numpy()).save(path)

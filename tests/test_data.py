@@ -30,7 +30,6 @@ from datasets import (
 from PIL import Image
 
 import data
-import speed
 from data import InputError, Item, Source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -691,9 +690,8 @@ def test_masks_of_unlabelled_images_are_never_opened(tmp_path):
         for mask in (root / "VOCdevkit/VOC2012").glob(f"SegmentationClass*/{item.id}.png"):
             mask.unlink() if k % 2 else mask.write_bytes(b"broken")
     split = data.make_split(source, "3", 0, "priority")
-    batches = data.TrainBatches(split, batch_args(iters=4))
     seen = set()
-    for batch in data.train_batches(batches, 0, 0, CPU):
+    for batch in data.train_batches(split, batch_args(iters=4), 0, 1, 0, CPU):
         seen |= set(batch["u_id"])
     assert seen == {i.id for i in split.unlabeled}
 
@@ -719,16 +717,12 @@ def test_pascal_layouts(tmp_path):
     assert [i.id for i in without.train] == VOC_TRAIN  # val's masks lie in SegmentationClassAug too
 
 
-def test_default_data_set(tmp_path, monkeypatch):
+def test_default_data_set(tmp_path):
     assert data.find_dataset(None, data.ROOT) == "shapes"
     with pytest.raises(InputError, match="give --dataset folder, cityscapes or shapes"):
         data.find_dataset(None, tmp_path)  # not shapes: a --root was given
     with pytest.raises(InputError, match="no PASCAL VOC"):
         data.find_dataset(None, Path("data"))  # also when it is the default's name
-    monkeypatch.chdir(tmp_path)
-    assert speed.parse_args([]).dataset == "shapes"
-    with pytest.raises(InputError, match="--root data: no PASCAL VOC"):
-        speed.parse_args(["--root", "data"])
     with pytest.raises(InputError, match="give --dataset folder too"):
         data.find_dataset(None, make_folder(tmp_path / "f"))
     assert data.find_dataset(None, make_pascal(tmp_path / "voc")) == "pascal"
@@ -963,7 +957,7 @@ def joined(parts: list[dict]) -> dict:
     whole = {}
     for name, first in parts[0].items():
         values = [p[name] for p in parts]
-        if name == "order":
+        if name in ("order", "step"):
             assert all(v == first for v in values)
             whole[name] = first
         elif torch.is_tensor(first):
@@ -973,7 +967,7 @@ def joined(parts: list[dict]) -> dict:
     return whole
 
 
-KEYS = {*("x", "y", "x_rect", "x_id", "u", "u_rect", "u_id"), *("strong", "box", "order")}
+KEYS = set("x y x_rect x_id u u_rect u_id strong box order".split())
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -983,7 +977,8 @@ def test_ranks_share_one_global_batch(folder, world):
     ranks = [data.TrainBatches(split, args, rank, world) for rank in range(world)]
     for step in range(5):
         whole = alone[step]
-        assert whole.keys() == KEYS
+        assert whole.keys() == KEYS | {"step", "positions"}
+        assert (whole["step"], whole["positions"]) == (step, list(range(8)))
         assert whole["x"].shape == whole["u"].shape == (8, 32, 32, 3)
         assert whole["x"].dtype == whole["y"].dtype == torch.uint8
         assert whole["strong"].shape == (2, 8, 6)
@@ -1023,9 +1018,9 @@ def test_the_two_views_and_the_images_of_a_batch_differ(folder):
 @pytest.mark.usefixtures("deadline")
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_change_nothing(folder, workers):
-    batches = data.TrainBatches(split_of(folder), batch_args(iters=6))
-    here = list(data.train_batches(batches, 0, 0, CPU))
-    there = list(data.train_batches(batches, 0, workers, CPU))
+    split = split_of(folder)
+    here = list(data.train_batches(split, batch_args(iters=6), 0, 1, 0, CPU))
+    there = list(data.train_batches(split, batch_args(iters=6, workers=workers), 0, 1, 0, CPU))
     assert len(here) == len(there) == 6
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
 
@@ -1037,8 +1032,8 @@ def test_any_start_step(folder, start, workers):
     batches = data.TrainBatches(split_of(folder), batch_args())
     want = [batches[step] for step in range(start, 12)]
     data._order.cache_clear()
-    fresh = data.TrainBatches(split_of(folder), batch_args())
-    got = list(data.train_batches(fresh, start, workers, CPU))
+    split, args = split_of(folder), batch_args(workers=workers)
+    got = list(data.train_batches(split, args, 0, 1, start, CPU))
     assert len(got) == 12 - start
     for a, b in zip(want, got, strict=True):
         assert a["u_id"] == b["u_id"]
@@ -1047,8 +1042,10 @@ def test_any_start_step(folder, start, workers):
 
 
 def test_what_reaches_the_device(folder):
-    batches = data.TrainBatches(split_of(folder), batch_args(scale=(0.5, 0.7)))
-    raw, batch = batches[3], next(data.train_batches(batches, 3, 0, CPU))
+    split, args = split_of(folder), batch_args(scale=(0.5, 0.7))
+    raw = data.TrainBatches(split, args)[3]
+    batch = next(data.train_batches(split, args, 0, 1, 3, CPU))
+    assert (batch["step"], batch["positions"]) == (3, [0, 1, 2, 3])
     for name in ("x", "u"):
         assert batch[name].dtype == torch.float32
         assert torch.equal(batch[name], raw[name].permute(0, 3, 1, 2).float() / 255)
@@ -1070,19 +1067,18 @@ def test_normalize_is_imagenets():
     assert torch.allclose(data.normalize(x), want, atol=1e-6)
 
 
-def test_labeled_only_takes_the_same_labelled_batches(folder):
-    full = data.TrainBatches(split_of(folder), batch_args())[2]
-    alone = data.TrainBatches(split_of(folder), batch_args(labeled_only=True))[2]
-    assert alone.keys() == {"x", "y", "x_rect", "x_id"}
-    assert all(
-        torch.equal(v, full[k]) if torch.is_tensor(v) else v == full[k] for k, v in alone.items()
-    )
+def test_without_unlabelled_images_the_labelled_batches_are_the_same(folder):
+    split, args = split_of(folder), batch_args()
+    full = next(data.train_batches(split, args, 0, 1, 2, CPU))
+    alone = next(data.train_batches(split, args, 0, 1, 2, CPU, unlabeled=False))
+    assert alone.keys() == set("step positions x y x_rect x_id x_valid".split())
+    assert same(alone, {k: full[k] for k in alone})
 
 
 def shapes_split(n: int) -> data.Split:
     """The same n built-in images as labelled and as unlabelled ones."""
     items = [Item(str(i), i, data.BUILT_IN) for i in range(n)]
-    return data.Split(items, items, [], data.SHAPES_CLASSES, "", "")
+    return data.Split(items, items, [], data.SHAPES_CLASSES, "", "", [])
 
 
 def picked(split: data.Split, steps: int) -> list[np.ndarray]:
@@ -1126,9 +1122,9 @@ def test_a_broken_file_ends_the_epoch_with_its_name(tmp_path, broken, workers):
         name = save(root / "train/masks/t01.png", np.full((40, 48), 9, np.uint8)).name
     else:
         name = truncate(root / f"train/images/{'t01' if broken == 'image' else 't06'}.jpg").name
-    batches = data.TrainBatches(split_of(root), batch_args(batch_size=2, iters=20))
+    args = batch_args(batch_size=2, iters=20, workers=workers)
     with pytest.raises(InputError, match=name):
-        list(data.train_batches(batches, 0, workers, CPU))
+        list(data.train_batches(split_of(root), args, 0, 1, 0, CPU))
 
 
 # --------------------------------------------------------------------------- evaluation batches
@@ -1190,14 +1186,15 @@ def test_val_batches_hold_the_images(mixed_sizes):
     assert seen == 9
 
 
-def test_val_batches_bound_their_pixels(mixed_sizes):
+def test_val_batches_bound_their_pixels(mixed_sizes, monkeypatch):
+    assert len(data.ValBatches(mixed_sizes.val, 3, 16, most=1)) == 9
+    assert len(data.ValBatches(mixed_sizes.val, 3, 16)) < 9
     for pixels in (1, 2**12, 2**21):
-        dataset = data.ValBatches(mixed_sizes.val, 3, 16, pixels)
+        monkeypatch.setattr(data, "VAL_PIXELS", pixels)
+        dataset = data.ValBatches(mixed_sizes.val, 3, 16)
         for k in range(len(dataset)):
             b, h, w, _ = dataset[k]["image"].shape
             assert b == 1 or b * h * w <= pixels
-    assert len(data.ValBatches(mixed_sizes.val, 3, 16, 1)) == 9
-    assert len(data.ValBatches(mixed_sizes.val, 3, 16)) < 9
 
 
 @pytest.mark.usefixtures("deadline")
@@ -1465,8 +1462,7 @@ def test_camvid():
     assert (len(source.train), len(source.val), len(source.classes)) == (367, 101, 11)
     split = data.make_split(source, "1/8", 0, "classic")
     assert (len(split.labeled), len(split.unlabeled)) == (46, 321)
-    batches = data.TrainBatches(split, batch_args(crop_size=160))
-    batch = next(data.train_batches(batches, 0, 0, CPU))
+    batch = next(data.train_batches(split, batch_args(crop_size=160), 0, 1, 0, CPU))
     assert batch["x"].shape == (4, 3, 160, 160)
     assert len(batch["y"].unique()) > 4
     assert set(batch["y"].unique().tolist()) <= {*range(11), 255}
@@ -1494,7 +1490,8 @@ def test_voc_sample_with_published_lists():
     assert [len(split.labeled), len(split.unlabeled)] == counts
     assert min(counts) > 5
     assert split.labeled[0].id == "2007_001917"
-    batches = data.TrainBatches(split, batch_args(crop_size=97, batch_size=2, iters=5))
-    labels = torch.cat([b["y"].unique() for b in data.train_batches(batches, 0, 0, CPU)]).unique()
+    args = batch_args(crop_size=97, batch_size=2, iters=5)
+    batches = data.train_batches(split, args, 0, 1, 0, CPU)
+    labels = torch.cat([b["y"].unique() for b in batches]).unique()
     assert set(labels.tolist()) <= {*range(21), 255}
     assert len(labels) > 3
