@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data
     split = data.load_split(args)
-    common.say(split.line)
+    common.say("\n".join([split.line, *split.notes]))
     common.settle(args, split, world, device)
 
     # ---- networks (step 1): one seed is drawn on for both students, so their heads differ
