@@ -1,89 +1,246 @@
-"""Times training steps against their networks' bare passes, loading, and evaluation; prints tables.
+"""Measures training steps, loading and evaluation, of random weights and pictures made here.
 
-    python tests/bench.py                       # all methods, each step beside its limit
-    python tests/bench.py --method mkd --compile --backbone resnet101 --crop-size 321
-    python tests/bench.py --fa                  # share of MKD's feature augmentation in its step,
-                                                # on CPU at 2 + 2 images for want of memory
-    python tests/bench.py --data --images DIR   # loading, of JPEGs made here or of your own
-    python tests/bench.py --eval                # whole images and sliding windows
+python docs/reproduce/bench.py                     # each method's step beside its bare passes
+python docs/reproduce/bench.py --ops               # how many operations a step launches
+python docs/reproduce/bench.py --quick             # both, for two networks: 150 s on an H100
+python docs/reproduce/bench.py --method mkd --backbone mobilenet_v2 --crop-size 161 --compile
+python docs/reproduce/bench.py --hours             # what the presets take on this GPU
+python docs/reproduce/bench.py --data --images DIR # loading, of JPEGs made here or of your own
+python docs/reproduce/bench.py --eval              # whole images and sliding windows
 
-A command, not a test: it asserts nothing. What is compared runs in turns (A B A B) in one process,
-and medians are printed. Batches lie on the device already; the optimiser is part of a step.
+Every step is one of a script's own main(): the benchmark stands in for the batches. What is
+compared runs in turns (A B A B) in one process; medians are printed. A batch lies on the device.
+
+- limit: what a method asks of its networks and no more: forwards without gradient in the step's
+  mode, forwards with gradient, their backwards from a given one. 1 would be a step without losses,
+  views and optimizer. Ratios are medians over rounds.
+- strong views: their share of the step. Images: labelled and unlabelled. Peak: on CUDA
+  max_memory_allocated of a step, on a CPU what the resident set of a process of its own grows by.
+- operations (--ops): top-level aten operations as torch.profiler sees them: those that no other
+  aten operation called. Left out are those that only make a view or empty memory. Networks' are
+  those inside their forward (and SegKC's projections), and in the backward those of autograd nodes
+  that these made. The others, by time: batch (the device's part of data.train_batches), views
+  (before the first forward; in MKD with the EMA of the teachers), targets (between the first and
+  the last), losses (after the last, up to the backward), backward, optimizer (and what is logged).
 """
 
 import argparse
 import collections
 import contextlib
-import copy
+import functools
+import gc
 import io
+import itertools
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
-from torch import Tensor, nn
+from PIL import Image
+from torch import nn
+from torch.profiler import record_function
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie in the repo's root
-import common
-import data
-import mkd
-import segkc
-import speed
-from networks import build_network
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO))  # the scripts lie there
+import common  # noqa: E402
+import data  # noqa: E402
+import mkd  # noqa: E402
+import segkc  # noqa: E402
+import speed  # noqa: E402
 
-MODULES = dict(speed=speed, mkd=mkd, segkc=segkc)
-CLASSES, STEP, ITERS = 21, 500, 1000  # classes of VOC; the middle of a run
-UNITS = dict(speed=" (≤ 3.3)", mkd=" (≤ 5.8)", segkc="")  # targets, see setup
+METHODS = {"speed": speed, "mkd": mkd, "segkc": segkc}
+UNLABELED = {"pascal": 10582 - 92, "cityscapes": 2975 - 186}  # at 1/16
+STEP = 500  # of the batches
+SIZES = (("resnet101", "resnet50", 321, 8), ("mobilenet_v2", "mobilenet_v2", 161, 8))
 CUDA = torch.cuda.is_available()
+WARM, REPEAT = (3, 3) if CUDA else (1, 1)  # rounds before those that count; calls in a round
 # glibc: give nothing back, else what runs in turns pays for the memory that the other one freed
-KEEP = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**40))
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": "0"}  # for the peak
+OPS = ("batch", "views", "targets", "losses", "backward", "optimizer", "networks")
 
 
 def make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    a, flag = p.add_argument, "store_true"
-    a("--method", choices=(*MODULES, "all"), default="all")
-    a("--backbone", help="unset: resnet50, on CUDA and for --fa resnet101")
-    a("--junior", default="resnet18", help="of SegKC, whose senior is --backbone")
-    a("--crop-size", type=int, help="unset: 161, on CUDA and for --fa 321")
+    a = p.add_argument
+    a("--method", choices=(*METHODS, "all"), default="all")
+    a("--backbone", help="unset: resnet50, on CUDA resnet101; SegKC's senior")
+    a("--junior", help="of SegKC; unset: resnet50")
+    a("--decoder", choices=("deeplab", "dpt"))
+    a("--crop-size", type=int, help="unset: 161, on CUDA 321")
     a("--batch-size", type=int, help="labelled images, as many unlabelled; unset: 4, on CUDA 8")
-    a("--steps", type=int, default=5, help="rounds that a median is taken of")
+    a("--steps", type=int, default=10 if CUDA else 5, help="rounds that a median is taken of")
     a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
-    a("--compile", action=flag, help="also the step with --compile against the step without")
-    a("--fa", action=flag, help="time MKD's feature augmentation instead")
-    a("--data", action=flag, help="time loading and device augmentation instead")
-    a("--eval", action=flag, help="time evaluation instead")
+    a("--compile", action="store_true", help="also the step with --compile against that without")
     a("--images", type=Path, metavar="DIR", help="JPEGs for --data; unset: makes its own")
-    a("--peak", choices=(*MODULES, "supervised"), help=argparse.SUPPRESS)  # a child, see peak()
+    for what in ("ops", "quick", "hours", "data", "eval"):
+        a(f"--{what}", action="store_true", help="see above")
     return p
 
 
-# ------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------- pictures and batches
 
 
-def alternate(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, run in turns; the first rounds warm up."""
-    warm, repeat = (3, 3) if CUDA else (1, 1)
-    spent = {name: [] for name in calls}
-    for k in range(warm + rounds):
+def photo(key: int, width: int, height: int) -> Image.Image:
+    """Noise of all scales over gradients: as JPEG of quality 90 about a photograph's size."""
+    r = np.random.default_rng(key)
+    total = 127.5 + r.normal(0, 8, (height, width, 1))
+    for cells in (2, 4, 8, 16, 32, 64, 128):
+        coarse = Image.fromarray(r.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        layer = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        total = total + (np.asarray(layer) - 127.5) / cells**0.6
+    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+
+
+def make_split(size: tuple[int, int], unlabeled: int = 16, own: Path | None = None) -> data.Split:
+    """A split of 16 pictures with masks, of `size` (width, height) or from the folder `own`."""
+    folder = Path(tempfile.mkdtemp())
+    found = sorted(p for p in own.rglob("*") if p.suffix in (".jpg", ".jpeg")) if own else []
+    if own and not found:
+        raise data.InputError(f"{own}: holds no .jpg; give another --images")
+    items = []
+    for k in range(16):
+        image = found[k % len(found)] if found else folder / f"{k}.jpg"
+        if not found:
+            photo(k, *size).save(image, quality=90)
+        mask = Image.fromarray(np.random.default_rng(k).integers(0, 19, (6, 8), dtype=np.uint8))
+        mask = mask.resize(Image.open(image).size, Image.Resampling.NEAREST)
+        mask.save(folder / f"{k}.png")
+        items.append(data.Item(str(k), image, folder / f"{k}.png"))
+    many = (items * (unlabeled // 16 + 1))[:unlabeled]
+    return data.Split(items, many, items, data.VOC_CLASSES, "", "", [])
+
+
+# ------------------------------------------------------------------------------ a script's run
+
+
+def flags(method: str, opts: argparse.Namespace, dataset: str = "pascal") -> list[str]:
+    """A script's command line: the preset of a data set, but for what `opts` says."""
+    words = [f"--dataset={dataset}"]
+    for name in ("backbone", "junior", "decoder", "crop_size", "batch_size", "amp"):
+        value = getattr(opts, name)
+        if value is None or name == "junior" and method != "segkc":
+            continue
+        flag = "senior" if name == "backbone" and method == "segkc" else name.replace("_", "-")
+        words.append(f"--{flag}={value}")
+    return words + ["--compile"] * opts.compile
+
+
+class Done(Exception):
+    """Leaves a script's main()."""
+
+
+def run_script(method: str, words: list[str], body: Callable) -> None:
+    """Runs a script's main() with `body` in the place of its batches.
+
+    `body(args, state, fresh)` is a generator: for each batch that it yields, the script makes a
+    step. `state` holds the networks as a checkpoint does; `fresh` yields batches on the device.
+    """
+    gc.collect()  # the networks of the run before
+    if CUDA:
+        torch.cuda.empty_cache()
+    found = {}
+    real = data.train_batches
+
+    def load_split(args: argparse.Namespace) -> data.Split:
+        # VOC's proportions; some crops are padded
+        return make_split((args.crop_size * 4 // 3, args.crop_size), UNLABELED[args.dataset])
+
+    def resume(args: argparse.Namespace, split: data.Split, state: dict) -> int:
+        found.update(state)
+        return 0
+
+    def train_batches(
+        split: data.Split,
+        args: argparse.Namespace,
+        rank: int,
+        world: int,
+        start: int,
+        *more: object,
+    ) -> Iterator[dict]:
+        yield from body(args, found, real(split, args, rank, world, STEP, *more))
+        raise Done
+
+    words = [*words, "--weights=none", "--workers=0", "--lr=1e-4", f"--out={tempfile.mkdtemp()}"]
+    words += [f"--{what}-every={10**9}" for what in ("log", "eval", "save")]
+    with (
+        contextlib.suppress(Done),
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.multiple(data, load_split=load_split, train_batches=train_batches),
+        mock.patch.multiple(common, resume=resume, catch_signals=lambda: None),
+    ):
+        METHODS[method].main(words)
+
+
+def measure(method: str, words: list[str], opts: argparse.Namespace, what: str) -> dict:
+    """Figures of a script's steps. `what` is of "time", "peak" and "ops", one or several."""
+    result = {"spent": collections.defaultdict(list)}
+
+    def body(args: argparse.Namespace, state: dict, fresh: Iterator[dict]) -> Iterator[dict]:
+        result.update(args=args)
+        before = resident_peak()
+        batch = next(fresh)
+        views = 2 if method == "speed" else 1
+        calls = {"step": None}
+        if "time" in what:
+            calls["limit"] = make_limit(method, args, state, batch["x"].device)
+            calls["strong"] = functools.partial(
+                data.strong_views, batch["u"], batch["strong"][:views], batch["order"]
+            )
+        if args.compile:
+            calls["compiled"] = None
+        yield from in_turns(result["spent"], calls, batch, opts.steps)
+        result["peak"] = resident_peak() - before
+        if CUDA:
+            with host_syncs() as result["syncs"]:
+                yield batch
+            torch.cuda.reset_peak_memory_stats()
+            yield batch
+            result["peak"] = torch.cuda.max_memory_allocated()
+        if "ops" in what:
+            with contextlib.ExitStack() as stack:
+                for owner, name, label in RANGES:
+                    call = inside(label, getattr(owner, name))
+                    stack.enter_context(mock.patch.object(owner, name, call))
+                activities = [torch.profiler.ProfilerActivity.CPU]
+                profile = stack.enter_context(torch.profiler.profile(activities=activities))
+                with record_function("batch"):
+                    batch = next(fresh)
+                yield batch
+            result["ops"] = count_operations(profile.events())
+
+    run_script(method, words, body)
+    return result
+
+
+def in_turns(spent: dict, calls: dict, batch: dict, rounds: int) -> Iterator[dict]:
+    """Adds the seconds of each call to spent[its name]; yields a batch where the call is None."""
+    for k in range(WARM + rounds):
         for name, call in calls.items():
-            wait()
-            begin = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            wait()
-            if k >= warm:
-                spent[name].append((time.perf_counter() - begin) / repeat)
-    return {name: statistics.median(s) for name, s in spent.items()}
+            stance = contextlib.nullcontext()
+            if "compiled" in calls:
+                eager = "default" if name == "compiled" else "force_eager"
+                stance = torch.compiler.set_stance(eager)
+            with stance:
+                wait()
+                begin = time.perf_counter()
+                for _ in range(REPEAT):
+                    if call is None:
+                        yield batch
+                    else:
+                        call()
+                wait()
+                if k >= WARM:
+                    spent[name].append((time.perf_counter() - begin) / REPEAT)
 
 
 def wait() -> None:
@@ -91,327 +248,300 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def host_syncs(step: Callable) -> collections.Counter | None:
-    """How often each line of ours makes the host wait for the GPU; None on CPU."""
-    if not CUDA:
-        return None
+def make_limit(
+    method: str, args: argparse.Namespace, state: dict, device: torch.device
+) -> Callable[[], None]:
+    """What a step asks of its networks, on random pictures."""
+    side = args.crop_size
+    autocast = functools.partial(
+        torch.autocast, device.type, common.amp_dtype(args.amp), enabled=args.amp != "off"
+    )
+
+    def images(n: int) -> torch.Tensor:
+        shape = (n * args.batch_size, side, side, 3)  # channels last in memory, as a batch is
+        return torch.rand(shape, device=device).permute(0, 3, 1, 2)
+
+    both = images(2)
+    if method == "speed":
+        learning = blind = [state["net"]]
+        weak = images(3)
+    elif method == "mkd":
+        learning = [state["student1"], state["student2"]]
+        blind = [state["teacher1"].parts, state["teacher2"].parts]
+        weak = images(2)
+    else:
+        learning = [state["pair"]]
+        blind = [state["pair"].senior, state["pair"].junior]
+        weak = images(1)
+
+    def limit() -> None:
+        for net in learning:
+            net.train(method == "mkd")
+        with torch.no_grad(), autocast():
+            for net in blind:
+                net(weak)
+        out = []
+        for net in learning:
+            net.train()
+            net.zero_grad(set_to_none=True)
+            with autocast():
+                if method == "speed":
+                    out.append(net(both))
+                elif method == "mkd":
+                    out.append(net.parts(both)[0])
+                else:
+                    for z, _, g in net(both):
+                        out += [z, g]
+        torch.autograd.backward(out, [torch.full_like(t, 1e-6) for t in out])
+
+    return limit
+
+
+@contextlib.contextmanager
+def host_syncs() -> Iterator[collections.Counter]:
+    """Counts how often each line makes the host wait for the GPU."""
+    sites = collections.Counter()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        step()
+        yield sites
         torch.cuda.set_sync_debug_mode("default")
-    seen = [w for w in seen if "called a synchronizing" in str(w.message)]
-    return collections.Counter(f"{Path(w.filename).name}:{w.lineno}" for w in seen)
-
-
-def peak(name: str, opts: argparse.Namespace) -> int:
-    """Peak bytes of a step, from a fresh process. CUDA: max_memory_allocated of the third step.
-
-    CPU: growth of the resident peak since the imports, with an allocator that returns every freed
-    block of 256 KB or more at once, so that it follows the live tensors.
-    """
-    flags = "backbone junior crop_size batch_size amp".split()
-    words = [f"--{f.replace('_', '-')}={getattr(opts, f)}" for f in flags if getattr(opts, f)]
-    env = {k: v for k, v in os.environ.items() if k not in KEEP}
-    env |= {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": "0"}
-    words = [sys.executable, __file__, f"--peak={name}", *words]
-    return int(subprocess.check_output(words, env=env))
-
-
-def peak_child(opts: argparse.Namespace) -> None:
-    before = resident_peak()
-    step = setup(opts.peak, opts).step
-    for _ in range(3):
-        if CUDA:
-            torch.cuda.reset_peak_memory_stats()  # the first steps try out cuDNN's algorithms
-        step()
-    print(torch.cuda.max_memory_allocated() if CUDA else resident_peak() - before)
+    for w in seen:
+        if "called a synchronizing" in str(w.message):
+            sites[f"{Path(w.filename).name}:{w.lineno}"] += 1
 
 
 def resident_peak() -> int:
-    """Bytes. VmHWM, as ru_maxrss starts from what the parent had when it started this process."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(v.split()[1]) * 1024 for v in lines if v.startswith("VmHWM"))
-    return common.peak_memory(torch.device("cpu"))
+    """Bytes; 0 where there is no /proc."""
+    with contextlib.suppress(OSError):  # ru_maxrss would start from what the parent had
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
-# ---------------------------------------------------------------------------------------- steps
+def peak_on_cpu(method: str, words: list[str]) -> int:
+    """Growth of the resident peak in a process whose allocator gives all back at once."""
+    env = {k: v for k, v in os.environ.items() if k not in KEEP} | GIVE_BACK
+    child = [sys.executable, __file__, "--peak", method, *words]
+    return int(subprocess.check_output(child, env=env))
 
 
-def start(method: str, opts: argparse.Namespace, *more: str) -> common.Run:
-    """The Run of a script with the flags of `opts`; reads and writes no file."""
-    flags = "--dataset shapes --weights none --optimizer sgd --lr 1e-4 --ramp 0 --threshold 0.95"
-    flags += f" --iters {ITERS} --crop-size {opts.crop_size} --batch-size {opts.batch_size}"
-    pair = f" --senior {opts.backbone} --junior {opts.junior}"
-    flags += pair if method == "segkc" else f" --backbone {opts.backbone}"
-    flags += " --teacher-mode train --fa all" * (method == "mkd")  # the default but on shapes
-    flags += f" --amp {opts.amp}" if opts.amp else ""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return common.Run(MODULES[method].parse_args([*flags.split(), *more]))
+# ------------------------------------------------------------------------------------ operations
+
+RANGES = (
+    (common.Segmenter, "forward", "network"),
+    (common.Segmenter, "parts", "network"),
+    (segkc.Pair, "forward", "network"),
+    (data.TrainBatches, "load", "loader"),
+)
 
 
-def images(n: int, run: common.Run) -> Tensor:
-    """[n, 3, H, W] in [0, 1], channels last as the loader's."""
-    side = run.args.crop_size
-    return torch.rand(n, side, side, 3, device=run.device).permute(0, 3, 1, 2)
+def inside(label: str, call: Callable) -> Callable:
+    """The call within a range of the profiler."""
+
+    @functools.wraps(call)
+    def ranged(*args: object, **more: object) -> object:
+        with record_function(label):
+            return call(*args, **more)
+
+    return ranged
 
 
-def make_batch(run: common.Run) -> dict:
-    """What data.train_batches yields, of random pixels: on the device, an eighth is padding."""
-    b, side, r = run.args.batch_size, run.args.crop_size, data.rng(0, "bench")
-    valid = torch.ones(b, side, side, dtype=torch.bool)
-    valid[:, side - side // 8 :] = False
-    y = torch.randint(CLASSES, (b, side, side)).where(valid, data.IGNORE)
-    strong, box = (
-        torch.tensor([[draw() for _ in range(b)] for _ in range(2)])
-        for draw in (lambda: data.strong_params(r), lambda: data.cutmix_box(side, r))
+@functools.cache
+def only_views(name: str) -> bool:
+    """Whether an aten operation returns its input's memory by itself, as view, reshape and to."""
+    packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
+    for overload in packet.overloads() if packet else ():
+        for returned in getattr(packet, overload)._schema.returns:
+            if returned.alias_info is not None and not returned.alias_info.is_write:
+                return True
+    return False
+
+
+def launches(event: object) -> bool:
+    """Whether an aten operation, or one that it calls, computes or copies."""
+    if "empty" in event.name or "pin" in event.name:  # a worker pins batches
+        return False
+    if event.name.startswith("aten::") and not only_views(event.name):
+        return True
+    return any(launches(child) for child in event.cpu_children)
+
+
+def count_operations(events: list) -> collections.Counter:
+    """Top-level aten operations by part, see the top."""
+    events = sorted(events, key=lambda e: e.time_range.start)
+    passes = [e.time_range.start for e in events if e.name == "network"]
+    nodes = "autograd::engine::evaluate_function"
+    backward = [e.time_range for e in events if e.name.startswith(nodes)]
+    ends = dict(views=passes[0], targets=passes[-1], losses=backward[0].start)
+    ends |= dict(backward=max(r.end for r in backward), optimizer=float("inf"))
+
+    # of the operations with a sequence number, the last one made the autograd node of that number
+    by_networks = {}
+    counts = collections.Counter(dict.fromkeys(OPS, 0))
+    for e in (e for e in events if e.name.startswith("aten::")):
+        above = [e]
+        while above[-1].cpu_parent:
+            above.append(above[-1].cpu_parent)
+        names = {a.name for a in above[1:]}
+        by_networks[e.sequence_nr] = "network" in names
+        if any(name.startswith("aten::") for name in names) or not launches(e):
+            continue
+        part = next(part for part, end in ends.items() if e.time_range.start < end)
+        if above[-1].name.startswith(nodes):  # -1: adds to a parameter's gradient
+            number = above[-1].sequence_nr
+            part = "networks" if number < 0 or by_networks[number] else "backward"
+        for label, name in (("network", "networks"), ("batch", "batch"), ("loader", "loader")):
+            part = name if label in names else part
+        counts[part] += 1
+    return counts
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def bench_steps(opts: argparse.Namespace, what: str) -> None:
+    columns = ["method", "networks", "crop", "images"]
+    if "time" in what:
+        columns += ["step ms", "limit ms", "limit ÷ step", "strong views", "images/s"]
+        columns += ["peak MB", "host syncs"] + ["compiled ÷ eager"] * opts.compile
+    if "ops" in what:
+        columns += [*OPS[:-1], "sum", "networks' own"]
+    heading(*columns)
+    sites = collections.Counter()
+    sizes = SIZES if opts.quick else SIZES[:1] if CUDA else [("resnet50", "resnet50", 161, 4)]
+    methods = METHODS if opts.method == "all" else [opts.method]
+    for size, method in itertools.product(sizes, methods):
+        given = argparse.Namespace(**vars(opts))
+        for name, value in zip(
+            ("backbone", "junior", "crop_size", "batch_size"), size, strict=True
+        ):
+            setattr(given, name, getattr(opts, name) or value)
+        words = flags(method, given)
+        r = measure(method, words, opts, what)
+        args = r["args"]
+        cells = [method, networks(args), args.crop_size, f"{args.batch_size} + {args.batch_size}"]
+        if "time" in what:
+            step, limit = ms(r, "step"), ms(r, "limit")
+            share = ratio(r, "strong", "step")
+            cells += [f"{step:.1f}", f"{limit:.1f}", f"{ratio(r, 'limit', 'step'):.3f}"]
+            cells += [f"{share:.1%}", f"{2e3 * args.batch_size / step:.2f}"]
+            peak = r["peak"] if CUDA else peak_on_cpu(method, words)
+            cells += [f"{peak / 2**20:.0f}", r["syncs"].total() if CUDA else "n/a"]
+            sites.update(r.get("syncs", {}))
+            if args.compile:
+                cells.append(f"{ratio(r, 'compiled', 'step'):.3f}")
+        if "ops" in what:
+            outside = [r["ops"][part] for part in OPS[:-1]]
+            cells += [*outside, sum(outside), r["ops"]["networks"]]
+        row(*cells)
+    for site, n in sites.items():
+        print(f"host sync: {site}, {n}")
+
+
+def bench_hours(opts: argparse.Namespace) -> None:
+    """Presets as they are, but for the flags that are given."""
+    runs = [(method, dataset, []) for dataset in UNLABELED for method in METHODS]
+    pair = ["--senior=dinov2_vitb14", "--junior=dinov2_vits14", "--decoder=dpt"]
+    heading(
+        "data set", "method", "networks", "crop", "images", "steps", "step ms", "hours", "peak MB"
     )
-    batch = dict(y=y, x_valid=valid, u_valid=valid, strong=strong.float(), box=box)
-    batch = {k: v.to(run.device) for k, v in batch.items()}
-    return batch | dict(x=images(b, run), u=images(b, run), order=[2, 0, 3, 1])
-
-
-def setup(name: str, opts: argparse.Namespace, *more: str) -> SimpleNamespace:
-    """step(), limit() and unit() of a method; of "supervised", with as many images, step() alone.
-
-    `limit` is what the method asks of its networks: forwards without gradient in the step's mode,
-    forwards with gradient, and their backwards from a given one. `unit` is a forward and backward
-    of B images of each of the n networks with gradient.
-    """
-    run = start("speed" if name == "supervised" else name, opts, *more)
-    args, b = run.args, opts.batch_size
-    names = dict(mkd=[args.backbone] * 2, segkc=[vars(args).get("senior"), args.backbone])
-    names = names.get(name, [args.backbone])
-    nets = [run.place(build_network(k, CLASSES, args.output_stride, args.decoder)) for k in names]
-    batch, x1, x2, x3 = make_batch(run), *(images(n * b, run) for n in (1, 2, 3))
-
-    # what a script's main() makes of its networks
-    model, frozen, weak, outputs = nets[0], nets, x3, lambda z: [z]
-    given = (model, model)
-    if name == "mkd":
-        model, frozen, weak = mkd.Students(*nets), copy.deepcopy(nets), x2
-        outputs = lambda out: [z for z, _, _ in out]  # noqa: E731
-        for teacher in frozen:
-            teacher.requires_grad_(False)
-        width = nets[0].classifier.in_channels
-        stats = nn.ModuleList(mkd.ClassStatistics(CLASSES, width) for _ in range(4)).to(run.device)
-        given = (nets, frozen, stats, model)
-    if name == "segkc":
-        model, weak = segkc.Pair(*nets).to(run.device), x1
-        outputs = lambda out: [t for z, _, g in out for t in (z, g)]  # noqa: E731
-        given = (dict(junior=nets[1], senior=nets[0]), model)
-    encoders = [list(net.backbone.parameters()) for net in nets]
-    known = {id(p) for encoder in encoders for p in encoder}
-    heads = [p for p in model.parameters() if id(p) not in known]
-    optimizer = run.optimizer([{"params": p, "lr": args.lr} for p in (*encoders, heads)])
-
-    def step() -> None:
-        run.set_lr(optimizer, STEP)
-        if name == "supervised":
-            terms = run.supervised(model, {"x": x2, "y": batch["y"].repeat(2, 1, 1)})
-        else:
-            terms = getattr(MODULES[name], f"{name}_step")(args, run, *given, batch, STEP)
-        run.update(terms["loss"], optimizer)
-
-    def learn(net: nn.Module, x: Tensor, outputs: Callable = lambda z: [z]) -> None:
-        net.zero_grad(set_to_none=True)
-        with run.autocast():
-            out = outputs(net(x))
-        torch.autograd.backward(out, [torch.full_like(t, 1e-6) for t in out])
-
-    def limit() -> None:
-        for net in frozen:
-            net.train(name == "mkd")  # its teachers are in train mode, and end at stride 4
-            with torch.no_grad(), run.autocast():
-                net.parts(weak) if name == "mkd" else net(weak)
-            net.train()
-        learn(model, x2, outputs)
-
-    def unit() -> None:
-        for net in nets:
-            learn(net, x1)
-
-    return SimpleNamespace(step=step, limit=limit, unit=unit, run=run, n=len(nets))
-
-
-def bench_steps(opts: argparse.Namespace) -> None:
-    columns = "method|networks|step ms|limit ms|limit ÷ step|units|images/s|peak MB|host syncs"
-    heading(*columns.split("|"), *["compiled ÷ eager step"] * opts.compile)
-    peaks, sites = {}, collections.Counter()
-    for name in MODULES if opts.method == "all" else [opts.method]:
-        it = setup(name, opts)
-        t = alternate(dict(step=it.step, limit=it.limit, unit=it.unit), opts.steps)
-        syncs, ratio = host_syncs(it.step), []
-        sites.update(syncs or {})
-        if opts.compile:
-            other = setup(name, opts, "--compile")
-            both = alternate(dict(eager=it.step, compiled=other.step), opts.steps)
-            ratio = [f"{both['compiled'] / both['eager']:.3f}"]
-            del other
-        del it.step, it.limit, it.unit  # before others need the memory
-        peaks[name] = peak(name, opts)
-        row(
-            name,
-            f"{opts.backbone}, {opts.junior}" if name == "segkc" else opts.backbone,
-            f"{t['step'] * 1e3:.1f}",
-            f"{t['limit'] * 1e3:.1f}",
-            f"{t['limit'] / t['step']:.3f} (≥ 0.92)",
-            f"{t['step'] / t['unit'] * it.n:.2f}" + UNITS[name],
-            f"{2 * opts.batch_size / t['step']:.2f}",
-            f"{peaks[name] / 2**20:.0f}",
-            "n/a" if syncs is None else syncs.total(),
-            *ratio,
-        )
-    print("\nunit: forward and backward of B images of one network (segkc: the mean of its two)")
-    how = "max_memory_allocated" if CUDA else "growth of the resident set since the imports"
-    print(f"peak: {how}, each in a process of its own")
-    for site, n in sites.most_common():
-        print(f"host sync: {site}, {n} a step")
-    if "speed" in peaks:
-        plain = peak("supervised", opts)
-        print(f"peak of SPEED ÷ of a supervised step on {2 * opts.batch_size} images", end=" ")
-        print(f"({plain / 2**20:.0f} MB): {peaks['speed'] / plain:.3f} (≤ 1.15)")
-
-
-def bench_fa(opts: argparse.Namespace) -> None:
-    """ClassStatistics.update and augment for four networks, students' z with a backward."""
-    it = setup("mkd", opts)
-    side = -(-opts.crop_size // 4)
-    n, device = 2 * opts.batch_size, it.run.device
-    f = torch.randn(n, side, side, 256, device=device).permute(0, 3, 1, 2)
-    f = f.to(torch.bfloat16) if it.run.args.amp == "bf16" else f
-    z = torch.randn(n, CLASSES, side, side, device=device)
-    label = torch.randint(CLASSES, (n, side, side), device=device)
-    stats, weight = mkd.ClassStatistics(CLASSES, 256).to(device), torch.randn(CLASSES, 256, 1, 1)
-    weight, gradient = weight.to(device), torch.ones_like(z)
-
-    def augmentation() -> None:
-        for student in (True, True, False, False):
-            own = z.clone().requires_grad_(student)
-            stats.update(f, label)
-            out = mkd.augment(own, label, weight, stats.var, 0.75)
-            if student:
-                out.backward(gradient)
-
-    t = alternate(dict(step=it.step, fa=augmentation), opts.steps)
-    print(f"feature augmentation, four networks, N = {label.numel()}, C = 21, A = 256:", end=" ")
-    print(f"{t['fa'] * 1e3:.1f} ms; its step {t['step'] * 1e3:.1f} ms; {t['fa'] / t['step']:.2%}")
-
-
-# ------------------------------------------------------------------------------ data, evaluation
-
-
-def photo(key: int, width: int, height: int) -> Image.Image:
-    """Noise of all scales over gradients: as JPEG of quality 90 about a photograph's size."""
-    r, total = np.random.default_rng(key), np.zeros((height, width, 3))
-    for cells in (2, 4, 8, 16, 32, 64, 128):
-        coarse = Image.fromarray(r.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        layer = coarse.resize((width, height), Image.Resampling.BICUBIC)
-        total += (np.asarray(layer) - 127.5) / cells**0.6
-    total += 127.5 + r.normal(0, 8, (height, width, 1))
-    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
-
-
-def make_items(folder: Path, n: int, sizes: list[tuple[int, int]], own: Path | None) -> list:
-    """n items with a mask; images are JPEGs of `sizes` made here, or those of the folder `own`."""
-    found = sorted(p for p in own.rglob("*") if p.suffix in (".jpg", ".jpeg")) if own else []
-    if own and not found:
-        raise SystemExit(f"error: {own}: holds no .jpg; give another --images")
-    items = []
-    for k in range(n):
-        size = Image.open(found[k % len(found)]).size if found else sizes[k % len(sizes)]
-        image, mask = (folder / f"{size[0]}-{k}.{kind}" for kind in ("jpg", "png"))
-        if found:
-            image = found[k % len(found)]
-        else:
-            photo(k, *size).save(image, quality=90)
-        blobs = np.random.default_rng(k).integers(0, CLASSES, (6, 8), dtype=np.uint8)
-        Image.fromarray(blobs).resize(size, Image.Resampling.NEAREST).save(mask)
-        items.append(data.Item(image.stem, image, mask))
-    return items
-
-
-def watch(owner: object, name: str, key: str, spent: dict[str, float]) -> None:
-    """CPU seconds within owner.name go to spent[key], but those of watched calls inside."""
-    inner = getattr(owner, name)
-
-    def outer(*args: object, **more: object) -> object:
-        before, begin = sum(spent.values()), time.thread_time()
+    for method, dataset, more in [*runs, ("segkc", "pascal", pair)]:
+        if opts.method not in (method, "all"):
+            continue
         try:
-            return inner(*args, **more)
-        finally:
-            spent[key] += time.thread_time() - begin - (sum(spent.values()) - before)
-
-    setattr(owner, name, outer)
-
-
-def bench_data(opts: argparse.Namespace, folder: Path) -> None:
-    spent, b = collections.Counter(), 8
-    watch(ImageFile.ImageFile, "load", "decode", spent)
-    watch(data, "weak_view", "geometry", spent)
-
-    def load(split: data.Split, crop: int, labeled_only: bool, step: int) -> np.ndarray:
-        """ms a sample: total, decode, geometry, the rest."""
-        args = argparse.Namespace(seed=0, crop_size=crop, batch_size=b, iters=ITERS)
-        args.scale, args.labeled_only = (0.5, 2.0), labeled_only
-        batches, begin = data.TrainBatches(split, args), time.thread_time()
-        spent.clear()
-        batches.load(step)
-        total, parts = time.thread_time() - begin, [spent["decode"], spent["geometry"]]
-        return np.array([total, *parts, total - sum(parts)]) * 1e3 / b
-
-    sets = [("VOC", (500, 375), 321, 120), ("Cityscapes", (2048, 1024), 801, 12)]
-    sets = [("own", (0, 0), opts.crop_size, 0)] if opts.images else sets
-    heading(*"images|crop|sample|a second and core|ms|decode|geometry|rest".split("|"))
-    for name, size, crop, target in sets:
-        items = make_items(folder, 2 * b, [size], opts.images)
-        split = data.Split(items[:b], items[b:], [], data.VOC_CLASSES, "", "")
-        kb = statistics.mean(i.image.stat().st_size for i in items) / 1e3
-        rounds = range(opts.steps + 1)  # the first warms up
-        pairs = [[load(split, crop, only, k) for only in (True, False)] for k in rounds]
-        x, u = np.median([(x, both - x) for x, both in pairs[1:]], 0)
-        for kind, t in (("labelled", x), ("unlabelled", u)):
-            goal = f" (≥ {target})" if target and kind == "unlabelled" else ""
-            ms = (f"{v:.2f}" for v in t)
-            row(f"{name}, {kb:.0f} KB", crop, kind, f"{1e3 / t[0]:.1f}{goal}", *ms)
-    print("\ntime of the core, files cached; unlabelled: batches of both less of labelled alone")
-    for crop in [s[2] for s in sets]:
-        batch = make_batch(start("speed", argparse.Namespace(**vars(opts) | {"crop_size": crop})))
-
-        def augmentation(batch: dict = batch) -> None:
-            strong = data.strong_views(batch["u"], batch["strong"], batch["order"])
-            for image in (batch["x"], batch["u"], *strong):
-                data.normalize(image)
-
-        ms = alternate({"": augmentation}, opts.steps)[""] * 1e3
-        print(f"strong_views and normalize on the device, crop {crop}: {ms:.1f} ms a batch")
+            r = measure(method, [*flags(method, opts, dataset), *more], opts, "")
+        except torch.OutOfMemoryError:
+            row(dataset, method, " ".join(more), "out of memory", *[""] * 5)
+            continue
+        args = r["args"]
+        size = (args.crop_size, f"{args.batch_size} + {args.batch_size}", args.iters)
+        hours = args.iters * ms(r, "step") / 3.6e6
+        peak = f"{r['peak'] / 2**20:.0f}" if CUDA else "n/a"
+        row(dataset, method, networks(args), *size, f"{ms(r, 'step'):.1f}", f"{hours:.1f}", peak)
+    print("\none GPU, split 1/16, without evaluations")
 
 
-def bench_eval(opts: argparse.Namespace, folder: Path) -> None:
-    items = make_items(folder, 256 if CUDA else 8, [(500, 375), (375, 500)], None)
-    split = data.Split([], [], items, data.VOC_CLASSES, "", "")
+def bench_data(opts: argparse.Namespace) -> None:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    device = common.pick_device(0)
+    heading("pictures", "crop", "labelled ms", "unlabelled ms", "unlabelled/s, one core",
+            f"images/s, {cores} workers")  # fmt: skip
+    sets = [("VOC", (500, 375), 321), ("Cityscapes", (2048, 1024), 801)]
+    for name, size, crop in [("own", None, 321)] if opts.images else sets:
+        split = make_split(size, own=opts.images)
+        kb = statistics.mean(item.image.stat().st_size for item in split.labeled) / 1e3
+        args = argparse.Namespace(seed=0, batch_size=8, iters=10**6, scale=(0.5, 2.0))
+        args.crop_size = opts.crop_size or crop
+        args.workers = cores
+        spent = collections.defaultdict(list)
+        for k in range(1 + opts.steps):  # the first warms up
+            for both in (False, True):
+                begin = time.thread_time()
+                data.TrainBatches(split, args, unlabeled=both).load(k)
+                spent[both].append((time.thread_time() - begin) * 1e3 / 8)
+        x = statistics.median(spent[False][1:])
+        u = statistics.median(b - a for a, b in list(zip(*spent.values(), strict=True))[1:])
+        batches = data.train_batches(split, args, 0, 1, 0, device)
+        for _ in range(3 * cores):  # what was loaded while the others started
+            next(batches)
+        begin = time.perf_counter()
+        for _ in range(6 * cores):
+            next(batches)
+        wait()
+        rate = 6 * cores * 16 / (time.perf_counter() - begin)
+        del batches
+        row(f"{name}, {kb:.0f} KB", args.crop_size, f"{x:.2f}", f"{u:.2f}", f"{1e3 / u:.1f}",
+            f"{rate:.0f}")  # fmt: skip
+    print("\nfiles cached; ms of a core for a picture, with its strong views' parameters")
+
+
+def bench_eval(opts: argparse.Namespace) -> None:
+    device = common.pick_device(0)
+    split = make_split((500, 375))
+    split.val = split.val * (16 if CUDA else 1)
     heading("evaluation", "images/s", "bare forwards, images/s", "loop ÷ bare forwards")
     for mode in ("whole", "slide"):
-        run = start("speed", opts, "--eval-mode", mode, "--workers", "4" if CUDA else "0")
-        net, seen = run.place(build_network(run.args.backbone, CLASSES)), []
-
-        def loop(net: nn.Module = net, run: common.Run = run) -> None:
-            common.evaluate({"net": net}, split, run.args, run.device)
-
-        @torch.no_grad()
-        def bare(net: nn.Module = net, run: common.Run = run, seen: list = seen) -> None:
-            net.eval()
-            for image in seen:
-                with run.autocast():
-                    net(image)
-
-        hook = net.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(*args))
+        words = [*flags("speed", opts), f"--eval-mode={mode}"]
+        args = speed.parse_args(words + ["--backbone=resnet50"] * (not opts.backbone and not CUDA))
+        common.settle(args, split, 1, device)
+        args.workers = args.workers if CUDA else 0
+        net = common.build_network(args.backbone, 21).place(device).eval()
+        autocast = torch.autocast(
+            device.type, common.amp_dtype(args.amp), enabled=args.amp != "off"
+        )
+        seen = []
+        hook = net.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(*inputs))
+        loop = functools.partial(common.evaluate, {"net": net}, split, args, device)
         loop()
         hook.remove()
-        t = alternate({"loop": loop, "bare": bare}, opts.steps)
-        speeds = (f"{len(items) / t[k]:.2f}" for k in ("loop", "bare"))
-        row(mode, *speeds, f"{t['loop'] / t['bare']:.3f}" + " (≤ 1.15)" * (not CUDA))
+
+        @torch.no_grad()
+        def bare(net: nn.Module = net, seen: list = seen, autocast: object = autocast) -> None:
+            with autocast:
+                for image in seen:
+                    net(image)
+
+        r = {"spent": collections.defaultdict(list)}
+        list(in_turns(r["spent"], {"loop": loop, "bare": bare}, {}, opts.steps))
+        rates = [f"{len(split.val) * 1e3 / ms(r, name):.2f}" for name in ("loop", "bare")]
+        row(mode, *rates, f"{ratio(r, 'loop', 'bare'):.3f}")
+
+
+def ms(result: dict, name: str) -> float:
+    return statistics.median(result["spent"][name]) * 1e3
+
+
+def ratio(result: dict, name: str, other: str) -> float:
+    """Median over rounds."""
+    pairs = zip(result["spent"][name], result["spent"][other], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def networks(args: argparse.Namespace) -> str:
+    senior = vars(args).get("senior")
+    return f"{senior}, {args.backbone}" if senior else args.backbone
 
 
 def heading(*cells: str) -> None:
@@ -424,36 +554,40 @@ def row(*cells: object) -> None:
 
 
 def machine() -> str:
-    name = torch.cuda.get_device_name() if CUDA else "CPU"
+    name = torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = [] if CUDA else Path("/proc/cpuinfo").read_text().splitlines()
         name = next((v.split(": ")[1] for v in lines if v.startswith("model name")), name)
-    return f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    if CUDA:
+        versions += f", cuDNN {torch.backends.cudnn.version()}"
+    git = ["git", "-C", str(REPO), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
+        versions += f", commit {commit}"
+    return f"{name}, {torch.get_num_threads()} threads, {versions}"
 
 
 def main() -> None:
-    opts = make_parser().parse_args()
-    if not CUDA and not opts.peak and KEEP.items() - os.environ.items():
+    if not CUDA and sys.argv[1:2] != ["--peak"] and KEEP.items() - os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
-    large = CUDA or opts.fa
-    opts.backbone = opts.backbone or ("resnet101" if large else "resnet50")
-    opts.crop_size = opts.crop_size or (321 if large else 161)
-    opts.batch_size = opts.batch_size or (8 if CUDA else 2 if opts.fa else 4)
-    if opts.peak:
-        peak_child(opts)
-        return
-    amp = opts.amp or ("bf16" if CUDA and torch.cuda.is_bf16_supported(False) else "off")
-    print(f"{machine()}, amp {amp}; {opts.backbone}, crop {opts.crop_size},", end=" ")
-    print(f"batch {opts.batch_size} + {opts.batch_size}, median of {opts.steps}\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        if opts.fa:
-            bench_fa(opts)
+        tempfile.tempdir = folder
+        if sys.argv[1:2] == ["--peak"]:  # a child, see peak_on_cpu
+            print(measure(sys.argv[2], sys.argv[3:], argparse.Namespace(steps=2), "peak")["peak"])
+            return
+        opts = make_parser().parse_args()
+        print(f"{machine()}; medians of {opts.steps} rounds\n", flush=True)
+        if opts.hours:
+            bench_hours(opts)
         if opts.data:
-            bench_data(opts, Path(folder))
+            bench_data(opts)
         if opts.eval:
-            bench_eval(opts, Path(folder))
-    if not (opts.fa or opts.data or opts.eval):
-        bench_steps(opts)
+            bench_eval(opts)
+        if opts.quick:
+            bench_steps(opts, "time ops")
+        elif not (opts.hours or opts.data or opts.eval):
+            bench_steps(opts, "ops" if opts.ops else "time")
 
 
 if __name__ == "__main__":
