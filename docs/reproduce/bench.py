@@ -199,6 +199,7 @@ def measure(method: str, words: list[str], opts: argparse.Namespace, what: str) 
         if args.compile:
             calls["compiled"] = None
         yield from in_turns(result["spent"], calls, batch, opts.steps)
+        calls.clear()  # the limit has pictures
         result["peak"] = resident_peak() - before
         if CUDA:
             with host_syncs() as result["syncs"]:
@@ -248,14 +249,17 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def autocast_of(args: argparse.Namespace, device: torch.device) -> functools.partial:
+    dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    return functools.partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
+
+
 def make_limit(
     method: str, args: argparse.Namespace, state: dict, device: torch.device
 ) -> Callable[[], None]:
     """What a step asks of its networks, on random pictures."""
     side = args.crop_size
-    autocast = functools.partial(
-        torch.autocast, device.type, common.amp_dtype(args.amp), enabled=args.amp != "off"
-    )
+    autocast = autocast_of(args, device)
 
     def images(n: int) -> torch.Tensor:
         shape = (n * args.batch_size, side, side, 3)  # channels last in memory, as a batch is
@@ -333,7 +337,7 @@ RANGES = (
     (common.Segmenter, "forward", "network"),
     (common.Segmenter, "parts", "network"),
     (segkc.Pair, "forward", "network"),
-    (data.TrainBatches, "load", "loader"),
+    (data.TrainBatches, "__getitem__", "loader"),
 )
 
 
@@ -479,7 +483,7 @@ def bench_data(opts: argparse.Namespace) -> None:
         for k in range(1 + opts.steps):  # the first warms up
             for both in (False, True):
                 begin = time.thread_time()
-                data.TrainBatches(split, args, unlabeled=both).load(k)
+                data.TrainBatches(split, args, unlabeled=both)[k]
                 spent[both].append((time.thread_time() - begin) * 1e3 / 8)
         x = statistics.median(spent[False][1:])
         u = statistics.median(b - a for a, b in list(zip(*spent.values(), strict=True))[1:])
@@ -508,9 +512,7 @@ def bench_eval(opts: argparse.Namespace) -> None:
         common.settle(args, split, 1, device)
         args.workers = args.workers if CUDA else 0
         net = common.build_network(args.backbone, 21).place(device).eval()
-        autocast = torch.autocast(
-            device.type, common.amp_dtype(args.amp), enabled=args.amp != "off"
-        )
+        autocast = autocast_of(args, device)
         seen = []
         hook = net.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(*inputs))
         loop = functools.partial(common.evaluate, {"net": net}, split, args, device)
@@ -518,8 +520,8 @@ def bench_eval(opts: argparse.Namespace) -> None:
         hook.remove()
 
         @torch.no_grad()
-        def bare(net: nn.Module = net, seen: list = seen, autocast: object = autocast) -> None:
-            with autocast:
+        def bare(net: nn.Module = net, seen: list = seen, autocast: Callable = autocast) -> None:
+            with autocast():
                 for image in seen:
                     net(image)
 
