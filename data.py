@@ -69,7 +69,7 @@ PRESETS = {
         threshold=0.0, ramp=0.0, sup_loss="ohem", eval_mode="slide"),
     "shapes": dict(
         backbone="resnet18", weights="none", optimizer="adamw", lr=1e-3, head_lr_mult=1.0,
-        weight_decay=1e-4, batch_size=8, epochs=7, crop_size=64, scale=(0.8, 1.25),
+        weight_decay=1e-4, batch_size=8, epochs=7, crop_size=65, scale=(0.8, 1.25),
         threshold=0.95, ramp=0.5, eval_every=120),
 }
 DINOV2_PRESETS = {  # what a DINOv2 backbone changes; shapes train one from scratch
@@ -624,11 +624,14 @@ def cutmix_box(crop: int, r: Generator) -> tuple[int, int, int, int]:
     """With p 0.5 a box of 2-40 % of the crop, aspect 0.3-1/0.3, fully inside; else an empty one."""
     if r.random() < 0.5:
         return 0, 0, 0, 0
+    area = r.uniform(0.02, 0.4) * crop * crop  # drawn once: only the shape must fit
     while True:
-        area, ratio = r.uniform(0.02, 0.4) * crop * crop, r.uniform(0.3, 1 / 0.3)
-        w, h = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
+        ratio = r.uniform(0.3, 1 / 0.3)
+        w = int(math.sqrt(area / ratio))
+        h = int(math.sqrt(area * ratio))
         if w <= crop and h <= crop:
-            top, left = int(r.integers(crop - h + 1)), int(r.integers(crop - w + 1))
+            top = int(r.integers(crop - h + 1))
+            left = int(r.integers(crop - w + 1))
             return top, left, top + h, left + w
 
 
@@ -702,8 +705,10 @@ def _loaded(dataset: Dataset, steps: range, workers: int, device: torch.device) 
     )
     try:
         yield from loader
+        return
     except InputError as e:  # a worker's holds its traceback; the line stands at the end
-        raise InputError(str(e).rpartition("InputError: ")[2].strip()) from None
+        line = str(e).rpartition("InputError: ")[2].strip()
+    raise InputError(line)  # out here it does not hold on to the workers
 
 
 def _calm(_worker: int) -> None:

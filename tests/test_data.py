@@ -322,6 +322,18 @@ def test_cutmix_box(crop):
     assert aspect.max() > 2.5
 
 
+def test_areas_of_boxes_are_uniform():
+    """Guards: an area drawn anew with each shape that does not fit, so that large ones are rare."""
+    n, crop = 6000, 1000  # whole pixels change the area by 1 % at most
+    boxes = np.array([data.cutmix_box(crop, data.rng(i, "area")) for i in range(n)])
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / crop**2
+    area = np.sort(area[area > 0])
+    want = (area - 0.02) / 0.38  # distribution function of U(0.02, 0.4)
+    steps = np.arange(1, len(area) + 1) / len(area)
+    assert abs(want - steps).max() < 1.63 / len(area) ** 0.5 + 0.01  # Kolmogorov-Smirnov, 1 %
+    assert near((area > 0.38).mean(), 0.02 / 0.38, len(area))
+
+
 def test_rect_mask():
     rects = [(0, 0, 0, 0), (1, 2, 4, 7), (0, 0, 6, 9), (5, 0, 6, 1)]
     got = data.rect_mask(torch.tensor(rects), 6, 9)
@@ -450,8 +462,6 @@ def test_list_formats(tmp_path):
     labeled, unlabeled = VOC_TRAIN[:3], VOC_TRAIN[3:]
     both = [[voc_line(i) for i in ids] for ids in (labeled, unlabeled)]
     pairs = write_lists(tmp_path / "a", *both)
-        tmp_path / "a", *([voc_line(i) for i in ids] for ids in (labeled, unlabeled))
-    )
     bare = write_lists(tmp_path / "b", labeled, unlabeled)
     one, two = (data.make_split(source, s, 0, "classic") for s in (pairs, bare))
     assert [i.id for i in one.labeled] == labeled
@@ -1168,6 +1178,28 @@ def test_val_batches_hold_the_images(mixed_sizes):
                 assert padding.abs().sum() == 0 or padding.abs().max() < 0.02
             seen += 1
     assert seen == 9
+
+
+@pytest.mark.parametrize(("grid", "crop"), [(16, 321), (16, 65), (16, 0), (14, 518), (16, 64)])
+def test_val_sizes_are_congruent_to_the_crop(mixed_sizes, grid, crop):
+    """The smallest size that is not below the image's own."""
+    dataset, seen = data.ValBatches(mixed_sizes.val, 3, grid, crop), 0
+    for batch in data.val_batches(dataset, 0, 1, 0, CPU):
+        sizes = np.array(batch["size"])  # [b, 2]
+        for padded, sides in zip(batch["image"].shape[2:], sizes.T, strict=True):
+            assert (padded - crop) % grid == 0
+            assert all(0 <= padded - side < grid for side in sides)
+            seen += 1
+        for label, (h, w) in zip(batch["label"], batch["size"], strict=True):
+            assert (label[h:] == 255).all()
+            assert (label[:, w:] == 255).all()
+    assert seen > 2
+
+
+def test_crops_of_presets_put_cells_on_whole_pixels():
+    for name, preset in data.PRESETS.items():
+        assert preset["crop_size"] % 16 == 1, name
+        assert data.DINOV2_PRESETS[name]["crop_size"] % 14 == 0
 
 
 def test_val_batches_bound_their_pixels(mixed_sizes, monkeypatch):
