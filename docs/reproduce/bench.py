@@ -421,7 +421,7 @@ def bench_eval(opts: argparse.Namespace) -> None:
             def bare(images: list = images) -> None:
                 net.eval()
                 for image in images:
-                    with autocast_of(args):
+                    with autocast_of(args)():
                         net(image)
 
             hook = net.register_forward_pre_hook(lambda _, x, seen=images: seen.append(*x))
