@@ -59,9 +59,10 @@ METHODS = {"speed": speed, "mkd": mkd, "segkc": segkc}
 UNLABELED = {"pascal": 10582 - 92, "cityscapes": 2975 - 186}  # --split 1/16
 CUDA = torch.cuda.is_available()
 WARM, REPEAT = (3, 3) if CUDA else (1, 1)  # rounds that do not count; calls in a round
-SIZE = dict(backbone="resnet50", junior="resnet50", crop_size=161, batch_size=4)
 LARGE = dict(backbone="resnet101", junior="resnet50", crop_size=321, batch_size=8)
 SMALL = dict(backbone="mobilenet_v2", junior="mobilenet_v2", crop_size=161, batch_size=8)
+SIZE = LARGE if CUDA else dict(backbone="resnet50", crop_size=161, batch_size=4)  # unset flags
+TERMINAL = sys.stdout  # the scripts' own is put aside
 # glibc: give nothing back, else what runs in turns pays for the memory that the other one freed
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
@@ -74,9 +75,9 @@ def make_parser() -> argparse.ArgumentParser:
     a("--method", choices=(*METHODS, "all"), default="all")
     a("--backbone", help="unset: resnet50, on CUDA resnet101; of SegKC the senior's")
     a("--junior", help="of SegKC; unset: resnet50")
-    a("--decoder", help="as the scripts'")
     a("--crop-size", type=int, help="unset: 161, on CUDA 321")
     a("--batch-size", type=int, help="labelled images, as many unlabelled; unset: 4, on CUDA 8")
+    a("--decoder", help="as the scripts'")
     a("--amp", help="as the scripts'")
     a("--compile", action="store_true", help="also the step with --compile against that without")
     a("--steps", type=int, default=10 if CUDA else 5, help="rounds that a median is taken of")
@@ -127,15 +128,14 @@ def run_script(method: str, words: list[str], body: Callable) -> None:
     state = {}
     real = data.train_batches
 
-    def load_split(args: argparse.Namespace) -> data.Split:
-        # VOC's proportions; some crops are padded
+    def load_split(args):  # VOC's proportions; some crops are padded
         return make_split(args.crop_size * 4 // 3, args.crop_size, UNLABELED[args.dataset])
 
-    def resume(args: argparse.Namespace, split: data.Split, own: dict) -> int:
+    def resume(args, split, own):
         state.update(own)
         return 0
 
-    def train_batches(split: data.Split, args: argparse.Namespace, *more: object) -> Iterator[dict]:
+    def train_batches(split, args, *more):
         yield from body(args, state, real(split, args, *more))
         raise Done
 
@@ -150,13 +150,13 @@ def run_script(method: str, words: list[str], body: Callable) -> None:
         METHODS[method].main(words)
 
 
-def in_turns(spent: dict, calls: dict, batch: dict, rounds: int) -> Iterator[dict]:
-    """Adds the seconds of each call to spent[its name]; yields the batch where a call is None."""
+def in_turns(result: dict, calls: dict, batch: dict, rounds: int) -> Iterator[dict]:
+    """Median ms of each call, and of its ratio to the first; yields the batch for a call None."""
+    spent = {name: [] for name in calls}
     for k, (name, call) in itertools.product(range(WARM + rounds), calls.items()):
         stance = contextlib.nullcontext()
-        if "compiled" in calls:
-            how = "default" if name == "compiled" else "force_eager"
-            stance = torch.compiler.set_stance(how)
+        if "compiled" in calls and name != "compiled":
+            stance = torch.compiler.set_stance("force_eager")
         with stance:
             wait()
             begin = time.perf_counter()
@@ -167,7 +167,12 @@ def in_turns(spent: dict, calls: dict, batch: dict, rounds: int) -> Iterator[dic
                     call()
             wait()
         if k >= WARM:
-            spent[name].append((time.perf_counter() - begin) / REPEAT)
+            spent[name].append((time.perf_counter() - begin) / REPEAT * 1e3)
+    first = next(iter(calls))
+    for name, times in spent.items():
+        pairs = zip(times, spent[first], strict=True)
+        result[name] = statistics.median(times)
+        result[f"{name} ÷ {first}"] = statistics.median(a / b for a, b in pairs)
 
 
 def wait() -> None:
@@ -182,7 +187,7 @@ def autocast_of(args: argparse.Namespace) -> functools.partial:
 
 def make_limit(method: str, args: argparse.Namespace, state: dict, batch: dict) -> Callable:
     """What a step asks of its networks, see the top."""
-    x = [batch["x"].repeat(n, 1, 1, 1) for n in range(4)]  # x[n]: n B images
+    x = {n: torch.cat([batch["x"]] * n) for n in (1, 2, 3)}  # n B images
     autocast = autocast_of(args)
 
     def limit() -> None:
@@ -213,27 +218,25 @@ def make_limit(method: str, args: argparse.Namespace, state: dict, batch: dict) 
 
 
 @contextlib.contextmanager
-def host_syncs() -> Iterator[collections.Counter]:
+def host_syncs(sites: collections.Counter) -> Iterator[None]:
     """Counts how often each line makes the host wait for the GPU."""
-    sites = collections.Counter()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        yield sites
+        yield
         torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in seen if "called a synchronizing" in str(w.message)]
     sites.update(f"{Path(w.filename).name}:{w.lineno}" for w in waits)
 
 
 def measure(method: str, words: list[str], rounds: int, what: str) -> dict:
-    """A script's "args" and "spent" seconds; on CUDA the "peak" in MB and "syncs".
+    """A script's args, what in_turns found of its step; on CUDA "peak" in MB and "syncs".
 
     `what`: "time" also times limit and strong views, "ops" counts operations.
     """
-    result = {"spent": collections.defaultdict(list), "peak": "n/a"}
-    result["syncs"] = collections.Counter()
+    result = {"peak": "n/a", "syncs": collections.Counter()}
 
-    def body(args: argparse.Namespace, state: dict, fresh: Iterator[dict]) -> Iterator[dict]:
+    def body(args, state, fresh):
         result["args"] = args
         batch = next(fresh)
         calls = {"step": None}
@@ -243,10 +246,10 @@ def measure(method: str, words: list[str], rounds: int, what: str) -> dict:
             strong = batch["strong"] if method == "speed" else batch["strong"][:1]
             views = functools.partial(data.strong_views, batch["u"], strong, batch["order"])
             calls |= {"limit": make_limit(method, args, state, batch), "views": views}
-        yield from in_turns(result["spent"], calls, batch, rounds)
+        yield from in_turns(result, calls, batch, rounds)
         calls.clear()  # the limit has pictures
         if CUDA:
-            with host_syncs() as result["syncs"]:
+            with host_syncs(result["syncs"]):
                 yield batch
             torch.cuda.reset_peak_memory_stats()
             yield batch
@@ -336,23 +339,21 @@ def count_operations(events: list) -> dict[str, int]:
 
 
 def bench_steps(opts: argparse.Namespace, what: str) -> None:
-    sizes = [LARGE, SMALL] if opts.quick else [LARGE if CUDA else SIZE]
     sites = collections.Counter()
-    for size, method in itertools.product(sizes, METHODS):
+    for size, method in itertools.product([LARGE, SMALL] if opts.quick else [SIZE], METHODS):
         if opts.method not in (method, "all"):
             continue
         r = measure(method, flags(method, opts, size), opts.steps, what)
         cells = {"method": method} | about(r)
         if "time" in what:
-            cells["step ms"] = f"{ms(r, 'step'):.1f}"
-            cells["limit ms"] = f"{ms(r, 'limit'):.1f}"
-            cells["limit ÷ step"] = f"{ratio(r, 'limit', 'step'):.3f}"
-            cells["strong views"] = f"{ratio(r, 'views', 'step'):.1%}"
-            cells["images/s"] = f"{2e3 * r['args'].batch_size / ms(r, 'step'):.2f}"
-            cells["peak MB"] = r["peak"]
-            cells["host syncs"] = r["syncs"].total()
+            cells["step ms"] = f"{r['step']:.1f}"
+            cells["limit ms"] = f"{r['limit']:.1f}"
+            cells["limit ÷ step"] = f"{r['limit ÷ step']:.3f}"
+            cells["strong views"] = f"{r['views ÷ step']:.1%}"
+            cells["images/s"] = f"{2e3 * r['args'].batch_size / r['step']:.2f}"
+            cells |= {"peak MB": r["peak"], "host syncs": r["syncs"].total()}
             if opts.compile:
-                cells["compiled ÷ eager"] = f"{ratio(r, 'compiled', 'step'):.3f}"
+                cells["compiled ÷ eager"] = f"{r['compiled ÷ step']:.3f}"
         if "ops" in what:
             inner = r["ops"].pop("networks")
             cells |= r["ops"] | {"sum": sum(r["ops"].values()), "networks' own": inner}
@@ -371,11 +372,11 @@ def bench_hours(opts: argparse.Namespace) -> None:
         cells = {"data set": name, "method": method}
         try:
             r = measure(method, [*flags(method, opts, {}, name), *more], opts.steps, "")
-            hours = r["args"].iters * ms(r, "step") / 3.6e6
-            cells |= about(r) | {"steps": r["args"].iters, "step ms": f"{ms(r, 'step'):.1f}"}
-            cells |= {"hours": f"{hours:.1f}", "peak MB": r["peak"]}
+            iters = r["args"].iters
+            cells |= about(r) | {"steps": iters, "step ms": f"{r['step']:.1f}"}
+            cells |= {"hours": f"{iters * r['step'] / 3.6e6:.1f}", "peak MB": r["peak"]}
         except torch.OutOfMemoryError:
-            cells |= {"networks": f"out of memory {' '.join(more)}"}
+            cells["networks"] = f"out of memory {' '.join(more)}"
         row(cells)
     print("\n--split 1/16, this device alone, without loading and evaluations")
 
@@ -383,18 +384,15 @@ def bench_hours(opts: argparse.Namespace) -> None:
 def bench_data(opts: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     for name, size, crop in (("VOC", (500, 375), 321), ("Cityscapes", (2048, 1024), 801)):
-        split = make_split(*size)
+        split, calls, r = make_split(*size), {}, {}
         kb = sum(item.image.stat().st_size for item in split.labeled) / 16e3
         args = argparse.Namespace(seed=0, batch_size=8, iters=10**6, scale=(0.5, 2.0))
         args.crop_size, args.workers = opts.crop_size or crop, cores
-        args.loaders = [data.TrainBatches(split, args, unlabeled=u) for u in (False, True)]
-        steps = itertools.count()
-        calls = {"x": lambda d=args.loaders[0], k=steps: d[next(k)]}
-        calls["both"] = lambda d=args.loaders[1], k=steps: d[next(k)]
-        r = {"spent": collections.defaultdict(list)}
-        list(in_turns(r["spent"], calls, {}, opts.steps))
-        x = ms(r, "x") / 8
-        u = ms(r, "both") / 8 - x
+        for what in ("x", "both"):
+            batches = data.TrainBatches(split, args, unlabeled=what == "both")
+            calls[what] = map(batches.__getitem__, itertools.count()).__next__
+        list(in_turns(r, calls, {}, opts.steps))
+        x, u = r["x"] / 8, (r["both"] - r["x"]) / 8
         batches = data.train_batches(split, args, 0, 1, 0, common.pick_device(0))
         list(itertools.islice(batches, 3 * cores))  # what was loaded while others started
         begin = time.perf_counter()
@@ -410,34 +408,30 @@ def bench_eval(opts: argparse.Namespace) -> None:
     split = make_split(500, 375)
     split.val = split.val * (16 if CUDA else 1)
 
-    def body(args: argparse.Namespace, state: dict, fresh: Iterator[dict]) -> Iterator[dict]:
+    def body(args, state, fresh):
+        net, device, r = state["net"], next(state["net"].parameters()).device, {}
         args.workers = 4 if CUDA else 0
-        net, device = state["net"], next(state["net"].parameters()).device
+        loop = functools.partial(common.evaluate, {"net": net}, split, args, device)
+
+        @torch.no_grad()
+        def bare():
+            net.eval()
+            for image in images:
+                with autocast_of(args)():
+                    net(image)
+
         for args.eval_mode in ("whole", "slide"):
             images = []
-            loop = functools.partial(common.evaluate, {"net": net}, split, args, device)
-
-            @torch.no_grad()
-            def bare(images: list = images) -> None:
-                net.eval()
-                for image in images:
-                    with autocast_of(args)():
-                        net(image)
-
             hook = net.register_forward_pre_hook(lambda _, x, seen=images: seen.append(*x))
             loop()
             hook.remove()
-            r = {"spent": collections.defaultdict(list)}
-            yield from in_turns(r["spent"], {"loop": loop, "bare": bare}, {}, opts.steps)
-            rates = {k: f"{len(split.val) * 1e3 / ms(r, k):.2f}" for k in ("loop", "bare")}
+            yield from in_turns(r, {"loop": loop, "bare": bare}, {}, opts.steps)
+            rates = {k: f"{len(split.val) * 1e3 / r[k]:.2f}" for k in ("loop", "bare")}
             cells = {"evaluation": args.eval_mode, "images/s": rates["loop"]}
             cells |= {"bare forwards, images/s": rates["bare"]}
-            rows.append(cells | {"loop ÷ bare": f"{ratio(r, 'loop', 'bare'):.3f}"})
+            row(cells | {"bare ÷ loop": f"{r['bare ÷ loop']:.3f}"})
 
-    rows = []
-    run_script("speed", flags("speed", opts, LARGE if CUDA else SIZE), body)
-    for cells in rows:
-        row(cells)
+    run_script("speed", flags("speed", opts, SIZE), body)
 
 
 def about(result: dict) -> dict[str, object]:
@@ -447,15 +441,6 @@ def about(result: dict) -> dict[str, object]:
     return {"networks": nets, "crop": args.crop_size, "images": images, "amp": args.amp}
 
 
-def ms(result: dict, name: str) -> float:
-    return statistics.median(result["spent"][name]) * 1e3
-
-
-def ratio(result: dict, name: str, other: str) -> float:
-    pairs = zip(result["spent"][name], result["spent"][other], strict=True)
-    return statistics.median(a / b for a, b in pairs)
-
-
 def row(cells: dict[str, object], heading: list = []) -> None:  # noqa: B006 - kept over calls
     """A row of a Markdown table; the first one brings its heading."""
     lines = [cells.values()]
@@ -463,7 +448,7 @@ def row(cells: dict[str, object], heading: list = []) -> None:  # noqa: B006 - k
         heading += cells
         lines = [cells, ["---"] * len(cells), cells.values()]
     for line in lines:
-        print("|", " | ".join(map(str, line)), "|", flush=True)
+        print("|", " | ".join(map(str, line)), "|", flush=True, file=TERMINAL)
 
 
 def machine() -> str:
@@ -482,15 +467,11 @@ def main() -> None:
     if not CUDA and KEEP.items() - os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
     print(f"{machine()}; medians of {opts.steps}\n", flush=True)
+    modes = {"hours": bench_hours, "data": bench_data, "eval": bench_eval}
+    what = "time ops" if opts.quick else "ops" if opts.ops else "time"
+    run = functools.partial(bench_steps, what=what)
     with tempfile.TemporaryDirectory() as tempfile.tempdir:
-        if opts.hours:
-            bench_hours(opts)
-        elif opts.data:
-            bench_data(opts)
-        elif opts.eval:
-            bench_eval(opts)
-        else:
-            bench_steps(opts, "time ops" if opts.quick else "ops" if opts.ops else "time")
+        next((call for name, call in modes.items() if getattr(opts, name)), run)(opts)
 
 
 if __name__ == "__main__":
