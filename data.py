@@ -9,7 +9,6 @@ Dimension key: B images, C classes, H and W pixels, V = 2 strong views, R = 4 ed
 
     python data.py --dataset pascal --root data --download      # fetch VOC 2012 and SBD
     python data.py --dataset folder --root my_data              # check every file, list all faults
-    python data.py --dataset shapes --preview shapes.png        # look at what the networks see
 """
 
 import argparse
@@ -56,32 +55,26 @@ SHAPES_CLASSES = (
 ROOT = Path("data")  # default of --root
 PROTOCOLS = ("classic", "blended", "priority")
 
-# What the field trains each data set with; `epochs` counts passes over the unlabelled images.
 # fmt: off
+CNN = dict(
+    backbone="resnet101", weights="imagenet", optimizer="sgd", weight_decay=1e-4, batch_size=8,
+    scale=(0.5, 2.0), ramp=0.0)
+VIT = dict(optimizer="adamw", weight_decay=0.01, threshold=0.95)
+# What the field trains each data set with; `epochs` counts passes over the unlabelled images.
 PRESETS = {
-    "pascal": dict(
-        backbone="resnet101", weights="imagenet", optimizer="sgd", lr=1e-3, head_lr_mult=10.0,
-        weight_decay=1e-4, batch_size=8, epochs=80, crop_size=321, scale=(0.5, 2.0),
-        threshold=0.95, ramp=0.0),
+    "pascal": dict(CNN, lr=1e-3, head_lr_mult=10.0, epochs=80, crop_size=321, threshold=0.95),
     "cityscapes": dict(
-        backbone="resnet101", weights="imagenet", optimizer="sgd", lr=5e-3, head_lr_mult=1.0,
-        weight_decay=1e-4, batch_size=8, epochs=240, crop_size=801, scale=(0.5, 2.0),
-        threshold=0.0, ramp=0.0, sup_loss="ohem", eval_mode="slide"),
+        CNN, lr=5e-3, head_lr_mult=1.0, epochs=240, crop_size=801, threshold=0.0, sup_loss="ohem",
+        eval_mode="slide"),
     "shapes": dict(
         backbone="resnet18", weights="none", optimizer="adamw", lr=1e-3, head_lr_mult=1.0,
-        weight_decay=1e-4, batch_size=8, epochs=7, crop_size=65, scale=(0.8, 1.25),
-        threshold=0.95, ramp=0.5, eval_every=120),
+        weight_decay=1e-4, batch_size=8, epochs=7, crop_size=65, scale=(0.8, 1.25), threshold=0.95,
+        ramp=0.5, eval_every=120),
 }
 DINOV2_PRESETS = {  # what a DINOv2 backbone changes; shapes train one from scratch
-    "pascal": dict(
-        optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, batch_size=16, epochs=60,
-        crop_size=518, threshold=0.95),
-    "cityscapes": dict(
-        optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, batch_size=8, epochs=180,
-        crop_size=798, threshold=0.95),
-    "shapes": dict(
-        optimizer="adamw", lr=5e-4, head_lr_mult=1.0, weight_decay=0.01, batch_size=8,
-        crop_size=70, threshold=0.95),
+    "pascal": dict(VIT, lr=5e-6, head_lr_mult=40.0, batch_size=16, epochs=60, crop_size=518),
+    "cityscapes": dict(VIT, lr=5e-6, head_lr_mult=40.0, batch_size=8, epochs=180, crop_size=798),
+    "shapes": dict(VIT, lr=5e-4, head_lr_mult=1.0, batch_size=8, crop_size=70),
 }
 # fmt: on
 PRESETS["folder"] = PRESETS["pascal"]
@@ -125,12 +118,10 @@ class Source:
 def _list(path: Path, blank: bool = False) -> list[str]:
     """The lines of a text file; `blank`: with blank ones, but for those at its end."""
     try:
-        content = path.read_bytes()
-        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes it
-        text = content.decode("utf-16" if utf16 else "utf-8-sig")  # -sig: without a BOM
+        text = path.read_text("utf-8-sig").rstrip()  # -sig: without a byte order mark
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not a readable text file ({e}); save it as UTF-8") from None
-    return [line.strip() for line in text.rstrip().splitlines() if blank or line.strip()]
+        raise InputError(f"{path}: cannot be read ({e}); give a text file in UTF-8") from None
+    return [line.strip() for line in text.splitlines() if blank or line.strip()]
 
 
 def _pascal_root(root: Path) -> Path | None:
@@ -144,12 +135,10 @@ def _pascal(root: Path) -> Source:
         what = "no VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt here; fetch PASCAL VOC 2012 by"
         raise InputError(f"{root}: {what} python data.py --dataset pascal --root {root} --download")
     lists = voc / "ImageSets/Segmentation"
-    fine, val = set(_list(lists / "train.txt")), _list(lists / "val.txt")
-    own = fine.union(val)  # ids with masks of VOC's own
-    if (lists / "trainaug.txt").is_file():
-        train = set(_list(lists / "trainaug.txt"))
-    else:  # without that list: every mask there is, VOC's val taken out
-        train = own.union(p.stem for p in voc.glob("SegmentationClassAug/*.png")) - set(val)
+    fine = set(_list(lists / "train.txt"))
+    val = _list(lists / "val.txt")
+    own = fine.union(val)  # ids with masks of VOC's own; the others' are SBD's
+    train = own.union(p.stem for p in voc.glob("SegmentationClassAug/*.png")) - set(val)
 
     def items(ids: list[str]) -> list[Item]:
         found = []
@@ -174,22 +163,17 @@ def _cityscapes(root: Path) -> Source:
 
     source = Source("cityscapes", CITYSCAPES_CLASSES, root, items("train"), items("val"))
     if not source.train or not source.val:
-        what = "no leftImg8bit/{train,val}/*/*_leftImg8bit.png here"
-        where = "{leftImg8bit,gtFine}_trainvaltest.zip of https://www.cityscapes-dataset.com"
-        raise InputError(f"{root}: {what}; unpack {where} there")
+        zips = "{leftImg8bit,gtFine}_trainvaltest.zip of https://www.cityscapes-dataset.com"
+        raise InputError(f"{root}: no leftImg8bit/{{train,val}}/*/*_leftImg8bit.png; unpack {zips}")
     return source
 
 
 def _folder(root: Path) -> Source:
     names = root / "classes.txt"
-    if not os.path.isfile(names):
-        what = "classes.txt (a class name a line) and {train,val}/{images,masks}"
-        raise InputError(f"{names}: not found; a folder data set has {what}")
     classes = _list(names, blank=True)
     for k, name in enumerate(classes):
-        if not name or classes.index(name) < k:
-            what = f"repeats {name!r}" if name else "is blank"
-            raise InputError(f"{names}: line {k + 1} {what}; each line names the class of its id")
+        if not name or name in classes[:k]:
+            raise InputError(f"{names}: line {k + 1} is blank or repeats {name!r}; name each class")
     if not 1 <= len(classes) <= IGNORE:
         raise InputError(f"{names}: {len(classes)} classes; name 1 to 255, one a line")
     source = Source("folder", classes, root, [], [])
@@ -210,12 +194,8 @@ def _files(folder: Path, suffixes: list[str], left: dict[Path, str]) -> dict[str
     """Files of a folder with one of the suffixes, by stem. What else is there goes to `left`."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*"), key=lambda f: (f.stem, f.suffix)):
-        if path.name.startswith("."):
-            left[path] = "a hidden file"
-        elif path.is_dir():
-            left[path] = "a folder: images lie side by side"
-        elif path.suffix.lower() not in suffixes:
-            left[path] = f"its suffix is none of {' '.join(suffixes)}"
+        if path.name[0] == "." or path.is_dir() or path.suffix.lower() not in suffixes:
+            left[path] = f"no {' '.join(suffixes)} file"
         elif path.stem in found:
             raise InputError(f"{found[path.stem]} and {path.name}: one stem; rename one of them")
         else:
@@ -238,8 +218,8 @@ def find_dataset(name: str | None, root: Path) -> str:
     if name or _pascal_root(root):
         return name or "pascal"
     if root is not ROOT:  # the default itself, not a --root data that was given
-        kind = "folder" if os.path.isfile(root / "classes.txt") else "folder, cityscapes or shapes"
-        raise InputError(f"--root {root}: no PASCAL VOC 2012 here; give --dataset {kind} too")
+        which = "give --dataset folder, cityscapes or shapes too"
+        raise InputError(f"--root {root}: no PASCAL VOC 2012 here; {which}")
     return "shapes"
 
 
@@ -313,9 +293,7 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
 def _open(path: Path, what: str, decode: bool = True) -> tuple[Image.Image, int]:
     """A picture, upright, and the EXIF orientation that it was stored with (1 is upright).
 
-    `decode` False: the header alone, as stored. InputError for what cannot be read, or is not read
-    as meant: over 8 bits a channel, of which Pillow keeps 8; see-through pixels;
-    masks that are no PNG, or of 2 or 4 bits of grey, which Pillow stretches to 0-255.
+    `decode` False: the header alone. InputError for what Pillow cannot read or would misread.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -323,21 +301,18 @@ def _open(path: Path, what: str, decode: bool = True) -> tuple[Image.Image, int]
             bits = getattr(image, "tag_v2", {}).get(258, 8)  # of a TIFF, for each channel
             if image.mode[0] in "IF" or re.search(";16[BLN]", stored) or np.max(bits) > 8:
                 raise ValueError("more than 8 bits a channel; save it with 8")
-            if what == "mask" and image.format != "PNG":
-                raise ValueError(f"{image.format}; save the class ids as an 8-bit PNG")
-            if what == "mask" and re.search("L;[24]", stored):
-                raise ValueError("fewer than 8 bits a pixel; save it with 8")
+            ids = image.format == "PNG" and image.mode in ("L", "P")
+            if what == "mask" and (not ids or re.search("L;[24]", stored)):
+                found = f"{image.format} of mode {stored if ids else image.mode}"
+                raise ValueError(f"{found}; save the class ids as an 8-bit grey or palette PNG")
             noted = image.format != "PNG" or any("exif" in k or "xmp" in k for k in image.info)
             turn = image.getexif().get(274) if noted else 1  # it would decode a whole PNG
             turn = turn if turn in range(1, 9) else 1
-            if decode or image.format == "TIFF":  # Pillow turns TIFF itself
-                image.load()
-            if decode and image.format != "TIFF" and turn > 1:
+            if decode or image.format == "TIFF":  # the size of a TIFF is upright once it is loaded
                 ImageOps.exif_transpose(image, in_place=True)
-            if decode and (image.mode[-1] in "aA" or "transparency" in image.info):
-                lowest = image.convert("RGBA").getextrema()[3][0]
-                if what == "image" and lowest < 255:
-                    raise ValueError("transparent pixels have no colour of their own; fill them")
+            clear = decode and (image.mode[-1] in "aA" or "transparency" in image.info)
+            if what == "image" and clear and image.convert("RGBA").getextrema()[3][0] < 255:
+                raise ValueError("transparent pixels have no colour of their own; fill them")
             return image, turn
     except Exception as e:  # Pillow raises many kinds for broken files
         raise InputError(f"{path}: no readable {what} ({e}); replace or remove it") from None
@@ -367,30 +342,25 @@ def read_image(item: Item) -> Image.Image:
 def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Image:
     """The class-index mask of an item, mode L; size = (width, height) of its image.
 
-    InputError: unreadable, several channels, another size, a value that is no class and not 255.
+    InputError: unreadable, another size, a value that is no class and not 255.
     """
     if isinstance(item.image, int):
         return Image.fromarray(draw_shapes(item.image)[1])
     mask, _ = _open(item.mask, "mask")
-    if mask.mode not in ("L", "P"):
-        why = f"mode {mask.mode}, not 8-bit class ids; map each colour to its class's id"
-        raise InputError(f"{item.mask}: {why}")
     mask = Image.frombytes("L", mask.size, mask.tobytes())  # palette indices, not colours
     if item.mask.name.endswith("_labelIds.png"):
         train_ids = {raw: k for k, raw in enumerate(CITYSCAPES_IDS)}
         mask = mask.point([train_ids.get(raw, IGNORE) for raw in range(256)])
     if mask.size != size:
-        why = " when turned upright, as its EXIF says" if mask.size == size[::-1] else ""
-        raise InputError(
-            f"{item.mask}: {mask.size} pixels, its image has {size}{why}; make them agree"
-        )
+        what = f"{mask.size} pixels, its upright image has {size}"
+        raise InputError(f"{item.mask}: {what}; make them agree")
     bad = [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]
     if bad:
         why = f"value {bad[0]}, but classes are 0 to {num_classes - 1} and 255 is ignored"
         remedy = "map it to one of these"
         if bad == [num_classes]:
-            remedy += (
-                "; if 0 is void and all ids are one too high, save 0 as 255 and the others - 1"
+            remedy = (
+                "if 0 is void and all ids are one too high, save 0 as 255, the others as id - 1"
             )
         raise InputError(f"{item.mask}: {why}; {remedy}")
     return mask
@@ -433,10 +403,9 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
         said = f"{protocol} protocol, " if source.name == "pascal" else ""
         said += f"--split {split}, --split-seed {split_seed}"
     if source.fine and all(i.id in source.fine for i in source.train):
-        if protocol != "classic":
-            why = f"{source.root} has no images of SBD; add them by python data.py --download"
-            raise InputError(f"--protocol {protocol}: {why}")
         said += " (no SBD: VOC's own images alone)"
+        if protocol != "classic":
+            raise InputError(f"{source.root}: {said}; add SBD by python data.py --download")
 
     seen = {}
     for part, items in (("val", source.val), ("labelled", labeled), ("unlabelled", unlabeled)):
@@ -463,12 +432,10 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
         f"{len(source.val)} val images, {len(source.classes)} classes, lists {digest}"
     )
     notes = []
-    left: dict[tuple[Path, str], list[str]] = {}
-    for path, why in sorted(source.left.items()):
-        left.setdefault((path.parent, why), []).append(path.name)
-    for (folder, why), names in left.items():
-        more = ", ..." if len(names) > 3 else ""
-        notes.append(f"{folder}: {len(names)} left out ({why}): {', '.join(names[:3])}{more}")
+    if source.left:
+        why = "; ".join(sorted(set(source.left.values())))
+        left = f"{len(source.left)} files are left out ({why})"
+        notes.append(f"{source.root}: {left}: python data.py names them")
     if unlisted := len({i.image for i in source.train} - seen.keys()):
         notes.append(f"{said}: {unlisted} training images are in neither list and left out")
     return Split(labeled, unlabeled, source.val, source.classes, digest, line, notes)
@@ -477,24 +444,18 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
 def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[Item], list[Item]]:
     pool = sorted((i for i in source.train if i.mask), key=lambda i: i.id)
     pool = [pool[k] for k in rng(seed, "split").permutation(len(pool))]
-    if source.fine and protocol != "blended":  # fine masks first; classic labels no others
-        pool.sort(key=lambda i: i.id not in source.fine)
-    classic = source.fine and protocol == "classic"
-    most = sum(i.id in source.fine for i in pool) if classic else len(pool)
-    if split == "full":
-        n = most
-    elif m := re.fullmatch(r"(\d{1,9})(?:/([1-9]\d{0,5}))?", split):
-        n = math.ceil(most * int(m[1]) / int(m[2])) if m[2] else int(m[1])
-    else:
+    if source.fine and protocol == "classic":
+        pool = [i for i in pool if i.id in source.fine]
+    elif protocol == "priority":
+        pool.sort(key=lambda i: i.id not in source.fine)  # fine masks first
+    m = re.fullmatch(r"(\d{1,9})(?:/([1-9]\d{0,5}))?", "1/1" if split == "full" else split)
+    if m is None:
         kinds = "a fraction (1/8, full), a count (92) nor a folder of labeled.txt, unlabeled.txt"
         raise InputError(f"--split {split}: neither {kinds}")
-    if not most:
-        left = f"({len(source.left)} files are left out)"
-        raise InputError(
-            f"{source.root}: no training image has a mask of its stem {left}; add some"
-        )
-    if not 0 < n <= most:
-        raise InputError(f"--split {split}: {n} labelled images, but it must be 1 to {most}")
+    n = math.ceil(len(pool) * int(m[1]) / int(m[2])) if m[2] else int(m[1])
+    if not 0 < n <= len(pool):
+        of = f"of {len(pool)} that have a mask ({len(source.left)} files are left out)"
+        raise InputError(f"--split {split}: labels {n} images {of}; label at least 1, at most all")
     chosen = {i.id for i in pool[:n]}
     rest = [i for i in source.train if i.id not in chosen]
     return sorted(pool[:n], key=lambda i: i.id), sorted(rest, key=lambda i: i.id)
@@ -502,9 +463,8 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
 
 def _read_list(source: Source, path: Path) -> list[Item]:
     """Items of a list: `image mask` paths relative to the root, or bare ids, one a line."""
-    both = (*source.val, *source.train)  # where they share an id, a list means the training image
-    by_id = {i.id: i for i in both}
-    by_image = {i.image: i for i in both}
+    by_id = {i.id: i for i in (*source.val, *source.train)}  # of one id: the training image
+    by_image = {i.image: i for i in source.train}
     items = []
     for line in _list(path):
         words = [line] if line in by_id else line.replace("\\", "/").split()
@@ -520,27 +480,22 @@ def _read_list(source: Source, path: Path) -> list[Item]:
             if mask and (source.name == "folder" or os.path.isfile(mask)):
                 item = Item(item.id, image, mask)
         else:
-            a_file = Path(words[0]).suffix.lower() in SUFFIXES
-            item = by_id.get(words[0]) or by_id.get(Path(words[0]).stem if a_file else "")
+            item = by_id.get(words[0])
         if item is None:
             where = f"{source.name} {source.root}"
-            raise InputError(f"{path}: {words[0]!r} is not in {where}; remove it")
+            raise InputError(f"{path}: {words[0]!r} is not in {where}; give ids or paths of images")
         items.append(item)
     if not items:
         raise InputError(f"{path}: an empty list; give at least one image")
     return items
 
 
-def write_split(split: Split, root: Path, out: Path) -> None:
-    """Writes labeled.txt, unlabeled.txt: `image mask` paths relative to the root, or bare ids."""
+def write_split(split: Split, out: Path) -> None:
+    """Writes labeled.txt and unlabeled.txt, an id a line, as --split reads them."""
     out.mkdir(parents=True, exist_ok=True)
     for name, items in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
-        lines = []
-        for i in items:
-            files = [p for p in (i.image, i.mask) if isinstance(p, Path) and p != BUILT_IN]
-            line = " ".join(p.relative_to(root).as_posix() for p in files)
-            lines.append(line if line.count(" ") < len(files) else i.id)  # no names with spaces
-        (out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = "".join(f"{item.id}\n" for item in items)
+        (out / f"{name}.txt").write_text(lines, encoding="utf-8")
 
 
 def look_at_masks(split: Split) -> None:
@@ -551,9 +506,12 @@ def look_at_masks(split: Split) -> None:
     """
     if isinstance(split.val[0].image, int):
         return
+
+    def histogram(item: Item) -> list[int]:
+        return read_mask(item, _size(item), len(split.classes)).histogram()
+
     for item in split.labeled:
-        mask = read_mask(item, _size(item), len(split.classes))
-        if any(mask.histogram()[1:IGNORE]):
+        if any(histogram(item)[1:IGNORE]):
             break
     else:
         if len(split.classes) > 1:
@@ -562,7 +520,7 @@ def look_at_masks(split: Split) -> None:
             raise InputError(f"{split.labeled[0].mask.parent}: {what}; {remedy}")
     end = time.monotonic() + 10
     for item in split.val:
-        read_mask(item, _size(item), len(split.classes))
+        histogram(item)
         if time.monotonic() > end:
             break
 
@@ -571,11 +529,7 @@ def look_at_masks(split: Split) -> None:
 
 
 def weak_view(
-    image: Image.Image,
-    mask: Image.Image | None,
-    crop: int,
-    scale: tuple[float, float],
-    r: Generator,
+    image: Image.Image, mask: Image.Image | None, crop: int, scale: tuple, r: Generator
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int, int, int]]:
     """Random scale, crop, flip (u; x with its y). Only the crop is resampled.
 
@@ -740,42 +694,31 @@ def train_batches(
             if isinstance(value, Tensor):
                 batch[name] = to_device(value, device)
         batch["y"] = batch["y"].long()
-        rects = [batch["x_rect"]]
+        for name in ("x", "u") if unlabeled else ("x",):
+            batch[name] = batch[name].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
+            batch[f"{name}_valid"] = rect_mask(batch[f"{name}_rect"], crop, crop)
         if unlabeled:
-            rects += [batch["u_rect"], *batch["box"]]
-        masks = rect_mask(torch.cat(rects), crop, crop)
-        b = len(batch["x"])
-        batch["x"] = batch["x"].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
-        batch["x_valid"] = masks[:b]
-        if unlabeled:
-            batch["u"] = batch["u"].permute(0, 3, 1, 2).float() / 255
-            batch["u_valid"] = masks[b : 2 * b]
-            batch["cutmix"] = masks[2 * b :].unflatten(0, (-1, b))
+            inside = rect_mask(batch["box"].flatten(0, 1), crop, crop)
+            batch["cutmix"] = inside.unflatten(0, batch["box"].shape[:2])
         yield batch
 
 
-def check_shared_memory(
-    args: argparse.Namespace, world_on_this_machine: int, split: Split | None = None
-) -> None:
+def check_shared_memory(args: argparse.Namespace, ranks: int, split: Split) -> None:
     """InputError if /dev/shm cannot hold the batches that workers keep ready: they would wait.
 
-    With a split, val batches count too: the training's wait in memory during an evaluation.
+    `ranks` of this machine share it. The training's batches wait there during an evaluation, too.
     """
     if args.workers == 0 or not os.path.isdir("/dev/shm"):
         return
-    samples = args.batch_size // world_on_this_machine  # of a rank
-    need = samples * args.crop_size**2 * 7  # x and u of three bytes a pixel, y of one
-    if split is not None:
-        width, height = _size(split.val[0])
-        need += 4 * max(width * height, min(VAL_PIXELS, 16 * width * height))
-    need = (need + 2**16) * (2 * args.workers + 1) * world_on_this_machine  # two a worker wait
+    width, height = _size(split.val[0])
+    need = args.batch_size // ranks * args.crop_size**2 * 7  # bytes a pixel: x, u 3 each, y 1
+    need += 4 * max(width * height, min(VAL_PIXELS, 16 * width * height))
+    need = (need + 2**16) * (2 * args.workers + 1) * ranks  # two a worker wait
     free = shutil.disk_usage("/dev/shm").free
     if free < need:
-        have = (
-            f"/dev/shm has {free / 2**20:.1f} MB free, the workers' batches take {need / 2**20:.1f}"
-        )
-        more = f"docker run --shm-size {math.ceil(need / 2**30)}g"
-        raise InputError(f"{have}; give --workers 0, or start the container by {more}")
+        what = f"{free / 2**20:.1f} MB free, the workers' batches take {need / 2**20:.1f}"
+        remedy = f"the container by docker run --shm-size {math.ceil(need / 2**30)}g"
+        raise InputError(f"/dev/shm has {what}; give --workers 0, or start {remedy}")
 
 
 # --------------------------------------------------------------------------- on the device
@@ -946,64 +889,31 @@ def check(source: Source) -> tuple[list[str], list[str]]:
 
 
 def download(root: Path) -> None:
-    """Fetches VOC 2012 and SBD by torchvision; writes SegmentationClassAug, trainaug.txt."""
+    """Fetches VOC 2012 and SBD by torchvision; writes SBD's masks to SegmentationClassAug."""
+    from scipy.io import loadmat  # SBD's masks are .mat files
     from torchvision.datasets import SBDataset, VOCSegmentation
 
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise InputError("SBD's masks are .mat files: pip install scipy, then again") from None
-    sbd = root / "sbd"
-    fetch = not (sbd / "cls").is_dir()
-    try:
-        VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
-        SBDataset(str(sbd), image_set="train", mode="segmentation", download=fetch)
-    except (OSError, RuntimeError) as e:
-        raise InputError(f"{root}: not fetched ({e}); see to network, disk; try again") from None
+    mat = root / "sbd/cls"
+    VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
+    SBDataset(str(root / "sbd"), mode="segmentation", download=not mat.is_dir())
     voc = _pascal_root(root)
-    lists, aug = voc / "ImageSets/Segmentation", voc / "SegmentationClassAug"
+    aug = voc / "SegmentationClassAug"
     aug.mkdir(exist_ok=True)
-    fine = _list(lists / "train.txt")
-    stems = {p.stem for p in (sbd / "cls").glob("*.mat")}
-    extra = sorted(stems.difference(fine, _list(lists / "val.txt")))
-    for id in fine:
-        shutil.copy(voc / f"SegmentationClass/{id}.png", aug)
+    own = _list(voc / "ImageSets/Segmentation/trainval.txt")
+    extra = sorted({p.stem for p in mat.glob("*.mat")}.difference(own))
     for id in tqdm(extra, unit="mask", disable=None):
-        mask = loadmat(sbd / f"cls/{id}.mat")["GTcls"]["Segmentation"][0, 0]
-        Image.fromarray(mask.astype(np.uint8)).save(aug / f"{id}.png")
-    (lists / "trainaug.txt").write_text("\n".join(sorted([*fine, *extra])) + "\n")
-    print(f"{voc}: masks: VOC {len(fine)} (published: 1464), SBD {len(extra)} (published: 9118)")
+        label = loadmat(mat / f"{id}.mat")["GTcls"]["Segmentation"][0, 0].astype(np.uint8)
+        Image.fromarray(label).save(aug / f"{id}.png")
+    print(f"{voc}: {len(extra)} masks of SBD beside {len(own)} of VOC (published: 9118, 2913)")
 
 
-def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, path: Path) -> None:
-    """Writes a picture, an image a row: weak view, two strong views, CutMix of the first, label."""
-    items = [i for i in source.train if i.mask][:8]
-    if not items or path.suffix.lower() not in SUFFIXES:
-        what = f"{path} is no .png file" if items else f"{source.root} has no mask of a train image"
-        raise InputError(f"--preview: {what}; give one")
-    split = Split(items, items, [], source.classes, "", "", [])
-    args = argparse.Namespace(seed=seed, crop_size=crop, scale=scale, batch_size=8)
-    args.iters, args.workers = 1, 0
-    batch = next(train_batches(split, args, 0, 1, 0, torch.device("cpu")))
-    u1, u2 = strong_views(batch["u"], batch["strong"], batch["order"])
-    box = rect_mask(batch["box"][0], crop, crop)[:, None]  # [B, 1, H, W]
-    mixed = torch.where(box, u1[torch.arange(8) ^ 1], u1)
-    labels = torch.from_numpy(palette()[batch["y"].numpy()]).permute(0, 3, 1, 2) / 255
-    columns = torch.cat([batch["u"], u1, u2, mixed, batch["x"], labels], 3)  # [B, 3, H, 6W]
-    rows = (columns.permute(0, 2, 3, 1).flatten(0, 1) * 255).round().byte()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rows.numpy()).save(path)
-
-
-def number(kind: type, above: float = -1, least: float = 0, most: float = math.inf) -> Callable:
-    """An argparse type: a finite int or float with above < value, least <= value <= most."""
+def number(kind: type, least: float = 0, most: float = math.inf) -> Callable:
+    """An argparse type: a finite int or float with least <= value <= most."""
 
     def parse_number(text: str) -> float:
         value = kind(text)
-        if not (above < value < math.inf and least <= value <= most):
-            low = f"above {above:g}" if above >= 0 else f"at least {least:g}"
-            high = f", at most {most:g}" if most < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {low}{high}")
+        if not (least <= value <= most and value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {least:g} to {most:g}")
         return value
 
     parse_number.__name__ = kind.__name__  # argparse says "invalid float value"
@@ -1011,28 +921,28 @@ def number(kind: type, above: float = -1, least: float = 0, most: float = math.i
 
 
 COUNT, STEPS = number(int), number(int, least=1)
-WEIGHT, POSITIVE, SHARE = number(float), number(float, above=0), number(float, most=1)
+WEIGHT, POSITIVE, SHARE = number(float), number(float, least=1e-12), number(float, most=1)
 
 
-def add_flags(a: Callable) -> None:
-    """The flags of a data set and its split, by a parser's (or a group's) add_argument."""
-    a("--dataset", choices=tuple(PRESETS), help="unset: pascal if under --root, else shapes")
-    a("--root", type=Path, default=ROOT, help="folder of the data set")
-    a("--protocol", choices=PROTOCOLS, default="classic", help="which VOC masks are labelled")
-    a("--split", default="1/16", help="labelled: a share, full, a count, or a folder of lists")
-    a("--split-seed", type=COUNT, default=0, help="draws the split, unless that is a folder")
+def add_flags(group: argparse._ActionsContainer) -> None:
+    """The flags of a data set and its split, for a parser or a group of it."""
+    datasets = tuple(PRESETS)
+    group.add_argument("--dataset", choices=datasets, help="unset: pascal if at --root, or shapes")
+    group.add_argument("--root", type=Path, default=ROOT, help="folder of the data set")
+    group.add_argument(
+        "--protocol", choices=PROTOCOLS, default="classic", help="VOC: what to label"
+    )
+    group.add_argument("--split", default="1/16", help="labelled: share, full, count, list folder")
+    group.add_argument("--split-seed", type=COUNT, default=0, help="draws a share or count")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of `python data.py`."""
     p = argparse.ArgumentParser(description="Checks a data set: opens all files, lists faults.")
     p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    add_flags(p.add_argument)
+    add_flags(p)
     p.add_argument("--download", action="store_true", help="first fetch VOC 2012 and SBD")
-    p.add_argument("--preview", type=Path, metavar="PNG", help="write a picture of views, and stop")
-    p.add_argument(
-        "--write-split", type=Path, metavar="DIR", help="write --split's lists, and stop"
-    )
+    p.add_argument("--write-split", type=Path, metavar="DIR", help="write the lists, and stop")
     return p
 
 
@@ -1042,27 +952,23 @@ def main() -> None:
         if args.dataset not in (None, "pascal"):
             raise InputError(f"--download: fetches VOC alone; {args.dataset} has its own place")
         download(args.root)
-    name = find_dataset(args.dataset, args.root)
-    source = load_source(name, args.root)
-    if args.preview:
-        crop, scale = PRESETS[name]["crop_size"], PRESETS[name]["scale"]
-        preview(source, crop, scale, args.split_seed, args.preview)
-        print(f"{args.preview}: u | u1 | u2 | CutMix of u1 | x | y; one image a row")
-    elif args.write_split:
-        split = make_split(source, args.split, args.split_seed, args.protocol)
-        write_split(split, source.root, args.write_split)
+    args.dataset = find_dataset(args.dataset, args.root)
+    if args.write_split:
+        split = load_split(args)
+        write_split(split, args.write_split)
         print(split.line, *split.notes, f"written to {args.write_split}", sep="\n")
-    else:
-        faults, notes = check(source)
-        counts = f"{len(source.train)} train, {len(source.val)} val images"
-        print(*notes, *faults, f"{name}: {counts}, {len(faults)} faults", sep="\n")
-        if faults:
-            raise SystemExit(1)
+        return
+    source = load_source(args.dataset, args.root)
+    faults, notes = check(source)
+    counts = f"{len(source.train)} train, {len(source.val)} val images"
+    print(*notes, *faults, f"{args.dataset}: {counts}, {len(faults)} faults", sep="\n")
+    if faults:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError) as e:  # an OSError is of a file to write, or of the network
+    except (InputError, OSError, ImportError, RuntimeError) as e:  # the last two: of --download
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
