@@ -140,14 +140,12 @@ def _pascal(root: Path) -> Source:
     own = fine.union(val)  # ids with masks of VOC's own; the others' are SBD's
     train = own.union(p.stem for p in voc.glob("SegmentationClassAug/*.png")) - set(val)
 
-    def items(ids: list[str]) -> list[Item]:
-        found = []
-        for id in ids:
-            folder = "SegmentationClass" if id in own else "SegmentationClassAug"
-            found.append(Item(id, voc / f"JPEGImages/{id}.jpg", voc / folder / f"{id}.png"))
-        return found
+    def item(id: str) -> Item:
+        folder = "SegmentationClass" if id in own else "SegmentationClassAug"
+        return Item(id, voc / f"JPEGImages/{id}.jpg", voc / f"{folder}/{id}.png")
 
-    return Source("pascal", VOC_CLASSES, voc, items(sorted(train)), items(val), fine)
+    items = [item(id) for id in sorted(train)]
+    return Source("pascal", VOC_CLASSES, voc, items, [item(id) for id in val], fine)
 
 
 def _cityscapes(root: Path) -> Source:
@@ -233,8 +231,8 @@ def load_source(name: str, root: Path) -> Source:
 def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws a built-in image from its index alone: ([96, 96, 3] uint8, [96, 96] uint8 label).
 
-    A class is a form filled with its own texture, at any size, place, angle and colour. Background:
-    gradients, plain clutter, and distractors: the same forms plain, the same textures formless.
+    A class is a form filled with its own texture. Background: gradients, plain clutter, the same
+    forms plain, the same textures formless.
     """
     r, n = rng(0, "shapes", index), SHAPES_SIZE
     yy, xx = np.mgrid[:n, :n].astype(np.float32)
@@ -340,10 +338,7 @@ def read_image(item: Item) -> Image.Image:
 
 
 def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Image:
-    """The class-index mask of an item, mode L; size = (width, height) of its image.
-
-    InputError: unreadable, another size, a value that is no class and not 255.
-    """
+    """The class-index mask of an item, mode L; size = (width, height) of its image."""
     if isinstance(item.image, int):
         return Image.fromarray(draw_shapes(item.image)[1])
     mask, _ = _open(item.mask, "mask")
@@ -391,8 +386,7 @@ def load_split(args: argparse.Namespace) -> Split:
 def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Split:
     """Labelled and unlabelled images by a fraction (1/8, full), a count (92) or a folder of lists.
 
-    Counts are rounded up, which gives the published ones (92 of 1464, 662 of 10582, 186 of 2975).
-    Draws are nested: 1/16 is part of 1/8. InputError names the value or the id that is wrong.
+    Counts are rounded up, as the published ones are. Draws are nested: 1/16 is part of 1/8.
     """
     if os.path.isdir(split):
         labeled = _read_list(source, Path(split) / "labeled.txt")
@@ -490,37 +484,25 @@ def _read_list(source: Source, path: Path) -> list[Item]:
     return items
 
 
-def write_split(split: Split, out: Path) -> None:
-    """Writes labeled.txt and unlabeled.txt, an id a line, as --split reads them."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, items in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
-        lines = "".join(f"{item.id}\n" for item in items)
-        (out / f"{name}.txt").write_text(lines, encoding="utf-8")
-
-
 def look_at_masks(split: Split) -> None:
-    """Finds bad masks before the training does.
+    """InputError for a bad mask before training; reads val masks for at most ten seconds.
 
-    Reads labelled masks until one shows a value other than 0 and 255, then val masks for at most
-    ten seconds. InputError for the first bad mask, or if no labelled mask shows another value.
+    Labelled masks are read until one holds a class above 0: if none does, that is an error, too.
     """
+
+    def holds_a_class(item: Item) -> bool:
+        mask = read_mask(item, _size(item), len(split.classes))
+        return any(mask.histogram()[1:IGNORE])
+
     if isinstance(split.val[0].image, int):
         return
-
-    def histogram(item: Item) -> list[int]:
-        return read_mask(item, _size(item), len(split.classes)).histogram()
-
-    for item in split.labeled:
-        if any(histogram(item)[1:IGNORE]):
-            break
-    else:
-        if len(split.classes) > 1:
-            what = f"the {len(split.labeled)} labelled masks hold nothing but 0 and 255 (ignored)"
-            remedy = "save each class as its id, a foreground as 1"
-            raise InputError(f"{split.labeled[0].mask.parent}: {what}; {remedy}")
+    if not any(holds_a_class(item) for item in split.labeled) and len(split.classes) > 1:
+        what = f"the {len(split.labeled)} labelled masks hold nothing but 0 and 255 (ignored)"
+        remedy = "save each class as its id, a foreground as 1"
+        raise InputError(f"{split.labeled[0].mask.parent}: {what}; {remedy}")
     end = time.monotonic() + 10
     for item in split.val:
-        histogram(item)
+        holds_a_class(item)
         if time.monotonic() > end:
             break
 
@@ -553,11 +535,9 @@ def weak_view(
         part = picture.resize((cw, ch), how, box)
         if flip:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if (cw, ch) != (crop, crop):
-            padded = Image.new(picture.mode, (crop, crop), fill)
-            padded.paste(part, (rect[1], 0))
-            part = padded
-        return np.asarray(part)
+        padded = Image.new(picture.mode, (crop, crop), fill)
+        padded.paste(part, (rect[1], 0))
+        return np.asarray(padded)
 
     u = cut(image, Image.Resampling.BILINEAR, FILL)
     y = None if mask is None else cut(mask, Image.Resampling.NEAREST, IGNORE)
@@ -593,15 +573,12 @@ def cutmix_box(crop: int, r: Generator) -> tuple[int, int, int, int]:
 class TrainBatches(Dataset):
     """One rank's share of the global batch of a step; the step is the index.
 
-    Item `step`: x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R], x_id; with `unlabeled` also
-    u, u_rect, u_id alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box)
-    and `order` of the four jitter ops, one for the whole global batch. `step` and `positions` (in
-    the global batch) say which samples these are.
+    x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R], x_id; with `unlabeled` u, u_rect, u_id
+    alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box) and the `order`
+    of the four jitter ops. `step` and `positions` in the global batch say which samples these are.
     """
 
-    def __init__(
-        self, split: Split, args: argparse.Namespace, rank=0, world=1, unlabeled=True
-    ) -> None:
+    def __init__(self, split: Split, args, rank=0, world=1, unlabeled=True) -> None:
         share = args.batch_size // world
         self.positions = list(range(rank * share, (rank + 1) * share))
         self.split, self.args, self.unlabeled = split, args, unlabeled
@@ -611,11 +588,9 @@ class TrainBatches(Dataset):
         self.views(batch, "x", self.pick(self.split.labeled, "labeled", step))
         if self.unlabeled:
             self.views(batch, "u", self.pick(self.split.unlabeled, "unlabeled", step))
-            strong, boxes = [], []
-            for v in (1, 2):
-                crop = self.args.crop_size
-                strong.append([strong_params(r) for r in self.rngs(f"strong{v}", step)])
-                boxes.append([cutmix_box(crop, r) for r in self.rngs(f"box{v}", step)])
+            crop = self.args.crop_size
+            strong = [[strong_params(r) for r in self.rngs(f"strong{v}", step)] for v in (1, 2)]
+            boxes = [[cutmix_box(crop, r) for r in self.rngs(f"box{v}", step)] for v in (1, 2)]
             batch["strong"] = torch.tensor(strong, dtype=torch.float32)
             batch["box"] = torch.tensor(boxes)
             batch["order"] = rng(self.args.seed, "order", step).permutation(4).tolist()
@@ -637,19 +612,15 @@ class TrainBatches(Dataset):
 
     def views(self, batch: dict, name: str, items: list[Item]) -> None:
         """Adds the weak views of x, with their labels y, or of u."""
-        images, labels, rects = [], [], []
+        views = []
         for item, r in zip(items, self.rngs(name, batch["step"]), strict=True):
-            image, mask = read_image(item), None
-            if name == "x":
-                mask = read_mask(item, image.size, len(self.split.classes))
-            view, label, rect = weak_view(image, mask, self.args.crop_size, self.args.scale, r)
-            images.append(view)
-            labels.append(label)
-            rects.append(rect)
-        batch[name] = torch.from_numpy(np.stack(images))
+            image = read_image(item)
+            mask = read_mask(item, image.size, len(self.split.classes)) if name == "x" else None
+            views.append(weak_view(image, mask, self.args.crop_size, self.args.scale, r))
+        batch[name] = torch.from_numpy(np.stack([view for view, _, _ in views]))
         if name == "x":
-            batch["y"] = torch.from_numpy(np.stack(labels))
-        batch[f"{name}_rect"] = torch.tensor(rects)
+            batch["y"] = torch.from_numpy(np.stack([label for _, label, _ in views]))
+        batch[f"{name}_rect"] = torch.tensor([rect for _, _, rect in views])
         batch[f"{name}_id"] = [item.id for item in items]
 
 
@@ -679,14 +650,11 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device, non_blocking=True)
 
 
-def train_batches(
-    split: Split, args: argparse.Namespace, rank, world, start, device, unlabeled=True
-) -> Iterator[dict]:
+def train_batches(split: Split, args, rank, world, start, device, unlabeled=True) -> Iterator[dict]:
     """Yields this rank's TrainBatches from step `start` on, on the device.
 
-    x and u are [b, 3, H, W] float in [0, 1], y is int64. Made of the rectangles, as bool:
-    x_valid and u_valid [b, H, W], True where a crop holds image; cutmix [V, b, H, W], True where
-    a view is to be its partner's.
+    x and u are [b, 3, H, W] float in [0, 1], y is int64. Bool masks of the rectangles: x_valid and
+    u_valid [b, H, W], True on image; cutmix [V, b, H, W], True where a view is to be its partner's.
     """
     dataset, crop = TrainBatches(split, args, rank, world, unlabeled), args.crop_size
     for batch in _loaded(dataset, range(start, args.iters), args.workers, device):
@@ -704,10 +672,7 @@ def train_batches(
 
 
 def check_shared_memory(args: argparse.Namespace, ranks: int, split: Split) -> None:
-    """InputError if /dev/shm cannot hold the batches that workers keep ready: they would wait.
-
-    `ranks` of this machine share it. The training's batches wait there during an evaluation, too.
-    """
+    """InputError if /dev/shm cannot hold the batches that workers of this machine's ranks keep."""
     if args.workers == 0 or not os.path.isdir("/dev/shm"):
         return
     width, height = _size(split.val[0])
@@ -747,8 +712,7 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 def strong_views(u: Tensor, strong: Tensor, order: list[int]) -> Tensor:
     """Strong views [V, B, 3, H, W] of u [B, 3, H, W] in [0, 1] by strong [V, B, 6] (strong_params).
 
-    The ops and their formulas are torchvision's, with parameters per image; the order of the four
-    jitter ops is one for the whole batch, drawn anew each step.
+    Ops and formulas are torchvision's; parameters are an image's, the order is the batch's.
     """
     views, b = strong.shape[:2]
     x = u.repeat(views, 1, 1, 1)  # [VB, 3, H, W]
@@ -802,10 +766,9 @@ def _gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 6) -> Tensor:
 class ValBatches(Dataset):
     """Every val image once, in batches of one padded size that do not depend on who reads them.
 
-    Item k: image [b, H, W, 3] uint8 and label [b, H, W] uint8, padded at the right and bottom to
-    the smallest size that is congruent to `crop` modulo `grid` (label 255 there), size
-    [(height, width)] before padding, id [b]. Aligned corners then put the cells of an image where
-    those of a training crop lie. A batch has at most `most` images and VAL_PIXELS pixels.
+    image [b, H, W, 3] uint8, label [b, H, W] uint8, both padded at the right and bottom (label 255)
+    to the smallest size congruent to `crop` modulo `grid`: aligned corners then put cells as in a
+    training crop. size [(height, width)] before padding, id [b]. At most `most` images, VAL_PIXELS.
     """
 
     def __init__(self, items: list[Item], num_classes: int, grid: int, crop=0, most=16) -> None:
@@ -842,9 +805,7 @@ class ValBatches(Dataset):
         return batch | {"image": torch.from_numpy(image), "label": torch.from_numpy(label)}
 
 
-def val_batches(
-    dataset: ValBatches, rank: int, world: int, workers: int, device: torch.device
-) -> Iterator[dict]:
+def val_batches(dataset: ValBatches, rank, world, workers, device) -> Iterator[dict]:
     """Yields a rank's share of the val batches: image [b, 3, H, W] normalised, label int64."""
     for batch in _loaded(dataset, range(rank, len(dataset), world), workers, device):
         image = to_device(batch["image"], device).permute(0, 3, 1, 2)
@@ -942,7 +903,6 @@ def make_parser() -> argparse.ArgumentParser:
     p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add_flags(p)
     p.add_argument("--download", action="store_true", help="first fetch VOC 2012 and SBD")
-    p.add_argument("--write-split", type=Path, metavar="DIR", help="write the lists, and stop")
     return p
 
 
@@ -953,11 +913,6 @@ def main() -> None:
             raise InputError(f"--download: fetches VOC alone; {args.dataset} has its own place")
         download(args.root)
     args.dataset = find_dataset(args.dataset, args.root)
-    if args.write_split:
-        split = load_split(args)
-        write_split(split, args.write_split)
-        print(split.line, *split.notes, f"written to {args.write_split}", sep="\n")
-        return
     source = load_source(args.dataset, args.root)
     faults, notes = check(source)
     counts = f"{len(source.train)} train, {len(source.val)} val images"
