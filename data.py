@@ -216,8 +216,7 @@ def find_dataset(name: str | None, root: Path) -> str:
     if name or _pascal_root(root):
         return name or "pascal"
     if root is not ROOT:  # the default itself, not a --root data that was given
-        which = "give --dataset folder, cityscapes or shapes too"
-        raise InputError(f"--root {root}: no PASCAL VOC 2012 here; {which}")
+        raise InputError(f"--root {root}: no PASCAL VOC 2012 here; give --dataset, e.g. folder")
     return "shapes"
 
 
@@ -289,7 +288,7 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _open(path: Path, what: str, decode: bool = True) -> tuple[Image.Image, int]:
-    """A picture, upright, and the EXIF orientation that it was stored with (1 is upright).
+    """A picture, upright, and the EXIF orientation that it was stored with (2 to 8: not upright).
 
     `decode` False: the header alone. InputError for what Pillow cannot read or would misread.
     """
@@ -301,11 +300,9 @@ def _open(path: Path, what: str, decode: bool = True) -> tuple[Image.Image, int]
                 raise ValueError("more than 8 bits a channel; save it with 8")
             ids = image.format == "PNG" and image.mode in ("L", "P")
             if what == "mask" and (not ids or re.search("L;[24]", stored)):
-                found = f"{image.format} of mode {stored if ids else image.mode}"
-                raise ValueError(f"{found}; save the class ids as an 8-bit grey or palette PNG")
+                raise ValueError(f"{image.format} {stored}; save the class ids as an 8-bit PNG")
             noted = image.format != "PNG" or any("exif" in k or "xmp" in k for k in image.info)
             turn = image.getexif().get(274) if noted else 1  # it would decode a whole PNG
-            turn = turn if turn in range(1, 9) else 1
             if decode or image.format == "TIFF":  # the size of a TIFF is upright once it is loaded
                 ImageOps.exif_transpose(image, in_place=True)
             clear = decode and (image.mode[-1] in "aA" or "transparency" in image.info)
@@ -322,7 +319,7 @@ def _size(item: Item) -> tuple[int, int]:
     if isinstance(item.image, int):
         return SHAPES_SIZE, SHAPES_SIZE
     image, turn = _open(item.image, "image", decode=False)
-    return image.size[::-1] if turn > 4 and image.format != "TIFF" else image.size
+    return image.size[::-1] if turn in (5, 6, 7, 8) and image.format != "TIFF" else image.size
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -347,16 +344,13 @@ def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Imag
         train_ids = {raw: k for k, raw in enumerate(CITYSCAPES_IDS)}
         mask = mask.point([train_ids.get(raw, IGNORE) for raw in range(256)])
     if mask.size != size:
-        what = f"{mask.size} pixels, its upright image has {size}"
-        raise InputError(f"{item.mask}: {what}; make them agree")
+        raise InputError(f"{item.mask}: {mask.size} pixels, its upright image {size}; mend one")
     bad = [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]
     if bad:
         why = f"value {bad[0]}, but classes are 0 to {num_classes - 1} and 255 is ignored"
         remedy = "map it to one of these"
         if bad == [num_classes]:
-            remedy = (
-                "if 0 is void and all ids are one too high, save 0 as 255, the others as id - 1"
-            )
+            remedy = "if 0 is void and all ids are one too high, save 0 as 255 and id k as k - 1"
         raise InputError(f"{item.mask}: {why}; {remedy}")
     return mask
 
@@ -384,10 +378,7 @@ def load_split(args: argparse.Namespace) -> Split:
 
 
 def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Split:
-    """Labelled and unlabelled images by a fraction (1/8, full), a count (92) or a folder of lists.
-
-    Counts are rounded up, as the published ones are. Draws are nested: 1/16 is part of 1/8.
-    """
+    """Labelled and unlabelled images by a share (1/8, full), a count (92) or a folder of lists."""
     if os.path.isdir(split):
         labeled = _read_list(source, Path(split) / "labeled.txt")
         unlabeled = _read_list(source, Path(split) / "unlabeled.txt")
@@ -405,21 +396,19 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     for part, items in (("val", source.val), ("labelled", labeled), ("unlabelled", unlabeled)):
         for item in items:
             if item.image in seen:
-                both = f"is listed as {seen[item.image]} and as {part} image; list it once"
-                raise InputError(f"{said}: {item.id} {both}")
+                twice = f"{seen[item.image]} and as {part} image"
+                raise InputError(f"{item.id} is listed as {twice}; list it once")
             seen[item.image] = part
             files = (item.image,) if part == "unlabelled" else (item.image, item.mask)
             for file in files if source.name != "shapes" else ():
                 if file is None or not os.path.isfile(file):
-                    what = f"{part} image; there is no {file or 'mask'}"
-                    raise InputError(f"{item.id}: {what}; add it or unlist the id")
+                    lost = f"{part} image; there is no {file or 'mask'}"
+                    raise InputError(f"{item.id}: {lost}; add it or unlist the id")
 
     own = {(i.image, i.mask) for i in source.train}
-    lines = []
-    for i in labeled:  # lists may give an image another mask than the data set's
-        paths = [] if (i.image, i.mask) in own else [i.image, i.mask]
-        lines.append(" ".join([i.id, *(p.relative_to(source.root).as_posix() for p in paths)]))
-    lines += ["--", *(i.id for i in unlabeled)]
+    others = [i.mask for i in labeled if (i.image, i.mask) not in own]  # given by a list alone
+    lines = [i.id for i in labeled] + ["--"] + [i.id for i in unlabeled]
+    lines += [mask.relative_to(source.root).as_posix() for mask in others]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
     line = (
         f"{source.name}: {said}: {len(labeled)} labelled, {len(unlabeled)} unlabelled, "
@@ -428,8 +417,9 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     notes = []
     if source.left:
         why = "; ".join(sorted(set(source.left.values())))
-        left = f"{len(source.left)} files are left out ({why})"
-        notes.append(f"{source.root}: {left}: python data.py names them")
+        notes.append(
+            f"{source.root}: {len(source.left)} files left out ({why}); data.py lists them"
+        )
     if unlisted := len({i.image for i in source.train} - seen.keys()):
         notes.append(f"{said}: {unlisted} training images are in neither list and left out")
     return Split(labeled, unlabeled, source.val, source.classes, digest, line, notes)
@@ -444,9 +434,8 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
         pool.sort(key=lambda i: i.id not in source.fine)  # fine masks first
     m = re.fullmatch(r"(\d{1,9})(?:/([1-9]\d{0,5}))?", "1/1" if split == "full" else split)
     if m is None:
-        kinds = "a fraction (1/8, full), a count (92) nor a folder of labeled.txt, unlabeled.txt"
-        raise InputError(f"--split {split}: neither {kinds}")
-    n = math.ceil(len(pool) * int(m[1]) / int(m[2])) if m[2] else int(m[1])
+        raise InputError(f"--split {split}: give a share (1/8, full), a count or a folder of lists")
+    n = math.ceil(len(pool) * int(m[1]) / int(m[2])) if m[2] else int(m[1])  # as published
     if not 0 < n <= len(pool):
         of = f"of {len(pool)} that have a mask ({len(source.left)} files are left out)"
         raise InputError(f"--split {split}: labels {n} images {of}; label at least 1, at most all")
@@ -485,10 +474,7 @@ def _read_list(source: Source, path: Path) -> list[Item]:
 
 
 def look_at_masks(split: Split) -> None:
-    """InputError for a bad mask before training; reads val masks for at most ten seconds.
-
-    Labelled masks are read until one holds a class above 0: if none does, that is an error, too.
-    """
+    """InputError for a bad mask, or if none shows a class; looks at val masks for ten seconds."""
 
     def holds_a_class(item: Item) -> bool:
         mask = read_mask(item, _size(item), len(split.classes))
@@ -496,10 +482,9 @@ def look_at_masks(split: Split) -> None:
 
     if isinstance(split.val[0].image, int):
         return
-    if not any(holds_a_class(item) for item in split.labeled) and len(split.classes) > 1:
-        what = f"the {len(split.labeled)} labelled masks hold nothing but 0 and 255 (ignored)"
-        remedy = "save each class as its id, a foreground as 1"
-        raise InputError(f"{split.labeled[0].mask.parent}: {what}; {remedy}")
+    if len(split.classes) > 1 and not any(holds_a_class(item) for item in split.labeled):
+        what = "the labelled masks hold nothing but 0 and 255 (ignored); save a foreground as 1"
+        raise InputError(f"{split.labeled[0].mask.parent}: {what}")
     end = time.monotonic() + 10
     for item in split.val:
         holds_a_class(item)
@@ -507,7 +492,7 @@ def look_at_masks(split: Split) -> None:
             break
 
 
-# --------------------------------------------------------------------------- training batches
+# --------------------------------------------------------------------------- batches
 
 
 def weak_view(
@@ -601,10 +586,7 @@ class TrainBatches(Dataset):
         return [rng(self.args.seed, stream, step, p) for p in self.positions]
 
     def pick(self, items: list[Item], stream: str, step: int) -> list[Item]:
-        """Epochs of shuffled images, incomplete last batches dropped.
-
-        No image is twice in a batch, unless there are fewer than its size; neighbours differ.
-        """
+        """Epochs of shuffled images, incomplete last batches dropped; no image twice in a batch."""
         size, n = self.args.batch_size, len(items)
         epoch, k = divmod(step, max(1, n // size))
         order = rng(self.args.seed, stream, epoch).permutation(n)
@@ -668,6 +650,57 @@ def train_batches(split: Split, args, rank, world, start, device, unlabeled=True
         if unlabeled:
             inside = rect_mask(batch["box"].flatten(0, 1), crop, crop)
             batch["cutmix"] = inside.unflatten(0, batch["box"].shape[:2])
+        yield batch
+
+
+class ValBatches(Dataset):
+    """Every val image once, in batches of one padded size that do not depend on who reads them.
+
+    image [b, H, W, 3] uint8, label [b, H, W] uint8, both padded at the right and bottom (label 255)
+    to the smallest size congruent to `crop` modulo `grid`: aligned corners then put cells as in a
+    training crop. size [(height, width)] before padding, id [b]. At most `most` images, VAL_PIXELS.
+    """
+
+    def __init__(self, items: list[Item], num_classes: int, grid: int, crop=0, most=16) -> None:
+        self.items, self.num_classes, self.grid, self.crop = items, num_classes, grid, crop
+        buckets: dict[tuple[int, int], list[Item]] = {}
+        for item in items:
+            buckets.setdefault(self.padded(_size(item)), []).append(item)
+        self.batches = []
+        for (h, w), members in buckets.items():
+            n = max(1, min(most, VAL_PIXELS // (h * w)))
+            self.batches += [members[i : i + n] for i in range(0, len(members), n)]
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of an image to the (height, width) that it is evaluated at."""
+        width, height = size
+        return height + (self.crop - height) % self.grid, width + (self.crop - width) % self.grid
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> dict:
+        items = self.batches[k]
+        height, width = self.padded(_size(items[0]))
+        image = np.full((len(items), height, width, 3), FILL, np.uint8)
+        label = np.full((len(items), height, width), IGNORE, np.uint8)
+        sizes = []
+        for b, item in enumerate(items):
+            picture = read_image(item)
+            w, h = picture.size
+            image[b, :h, :w] = picture
+            label[b, :h, :w] = read_mask(item, (w, h), self.num_classes)
+            sizes.append((h, w))
+        batch = {"size": sizes, "id": [item.id for item in items]}
+        return batch | {"image": torch.from_numpy(image), "label": torch.from_numpy(label)}
+
+
+def val_batches(dataset: ValBatches, rank, world, workers, device) -> Iterator[dict]:
+    """Yields a rank's share of the val batches: image [b, 3, H, W] normalised, label int64."""
+    for batch in _loaded(dataset, range(rank, len(dataset), world), workers, device):
+        image = to_device(batch["image"], device).permute(0, 3, 1, 2)
+        batch["image"] = normalize(image.float() / 255)
+        batch["label"] = to_device(batch["label"], device).long()
         yield batch
 
 
@@ -760,60 +793,6 @@ def _gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 6) -> Tensor:
     return maps.view(x.shape)
 
 
-# --------------------------------------------------------------------------- evaluation batches
-
-
-class ValBatches(Dataset):
-    """Every val image once, in batches of one padded size that do not depend on who reads them.
-
-    image [b, H, W, 3] uint8, label [b, H, W] uint8, both padded at the right and bottom (label 255)
-    to the smallest size congruent to `crop` modulo `grid`: aligned corners then put cells as in a
-    training crop. size [(height, width)] before padding, id [b]. At most `most` images, VAL_PIXELS.
-    """
-
-    def __init__(self, items: list[Item], num_classes: int, grid: int, crop=0, most=16) -> None:
-        self.items, self.num_classes, self.grid, self.crop = items, num_classes, grid, crop
-        buckets: dict[tuple[int, int], list[Item]] = {}
-        for item in items:
-            buckets.setdefault(self.padded(_size(item)), []).append(item)
-        self.batches = []
-        for (h, w), members in buckets.items():
-            n = max(1, min(most, VAL_PIXELS // (h * w)))
-            self.batches += [members[i : i + n] for i in range(0, len(members), n)]
-
-    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) of an image to the (height, width) that it is evaluated at."""
-        width, height = size
-        return height + (self.crop - height) % self.grid, width + (self.crop - width) % self.grid
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, k: int) -> dict:
-        items = self.batches[k]
-        height, width = self.padded(_size(items[0]))
-        image = np.full((len(items), height, width, 3), FILL, np.uint8)
-        label = np.full((len(items), height, width), IGNORE, np.uint8)
-        sizes = []
-        for b, item in enumerate(items):
-            picture = read_image(item)
-            w, h = picture.size
-            image[b, :h, :w] = picture
-            label[b, :h, :w] = read_mask(item, (w, h), self.num_classes)
-            sizes.append((h, w))
-        batch = {"size": sizes, "id": [item.id for item in items]}
-        return batch | {"image": torch.from_numpy(image), "label": torch.from_numpy(label)}
-
-
-def val_batches(dataset: ValBatches, rank, world, workers, device) -> Iterator[dict]:
-    """Yields a rank's share of the val batches: image [b, 3, H, W] normalised, label int64."""
-    for batch in _loaded(dataset, range(rank, len(dataset), world), workers, device):
-        image = to_device(batch["image"], device).permute(0, 3, 1, 2)
-        batch["image"] = normalize(image.float() / 255)
-        batch["label"] = to_device(batch["label"], device).long()
-        yield batch
-
-
 # ------------------------------------------------------------------ pictures and command line
 
 
@@ -837,10 +816,9 @@ def check(source: Source) -> tuple[list[str], list[str]]:
             if item.mask:
                 mask = read_mask(item, image.size, len(source.classes))
                 seen |= {v for v, n in enumerate(mask.histogram()) if n}
-            if isinstance(item.image, Path):
-                turn = _open(item.image, "image", decode=False)[1]
-                if turn > 1:
-                    notes.append(f"{item.image}: turned upright, by its EXIF orientation {turn}")
+            turn = 1 if item.mask == BUILT_IN else _open(item.image, "image", decode=False)[1]
+            if turn in range(2, 9):
+                notes.append(f"{item.image}: turned upright, by its EXIF orientation {turn}")
         except InputError as e:
             faults.append(str(e))
     absent = [name for k, name in enumerate(source.classes) if k not in seen]
@@ -890,9 +868,7 @@ def add_flags(group: argparse._ActionsContainer) -> None:
     datasets = tuple(PRESETS)
     group.add_argument("--dataset", choices=datasets, help="unset: pascal if at --root, or shapes")
     group.add_argument("--root", type=Path, default=ROOT, help="folder of the data set")
-    group.add_argument(
-        "--protocol", choices=PROTOCOLS, default="classic", help="VOC: what to label"
-    )
+    group.add_argument("--protocol", choices=PROTOCOLS, default="classic", help="VOC's labelled")
     group.add_argument("--split", default="1/16", help="labelled: share, full, count, list folder")
     group.add_argument("--split-seed", type=COUNT, default=0, help="draws a share or count")
 
@@ -909,8 +885,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = make_parser().parse_args()
     if args.download:
-        if args.dataset not in (None, "pascal"):
-            raise InputError(f"--download: fetches VOC alone; {args.dataset} has its own place")
         download(args.root)
     args.dataset = find_dataset(args.dataset, args.root)
     source = load_source(args.dataset, args.root)
