@@ -40,7 +40,6 @@ from data import SHARE, WEIGHT
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and MKD's own. Weights are the released config's, but on shapes."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
-    flag = argparse.BooleanOptionalAction
     g = p.add_argument_group("MKD")
     g.add_argument("--ema", type=SHARE, default=0.6, help="most of the teachers' momentum m")
     g.add_argument("--lambda-st", type=WEIGHT, default=1.5, help="weight of L_st, by the teachers")
@@ -48,9 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--threshold-ss", type=SHARE, default=0.0, help="tau of L_ss, between students")
     g.add_argument("--fa", choices=("all", "students", "none"), default="all", help="whose logits")
     g.add_argument("--lambda0", type=WEIGHT, default=1.5, help="strength of --fa at the end")
-    g.add_argument(
-        "--keep-padding", action=flag, default=False, help="learn on padding, as released"
-    )
+    g.add_argument("--keep-padding", action="store_true", help="padding takes part, as released")
     g.add_argument("--teacher-mode", choices=("train", "eval"), default="train", help="batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
     # augmentation took more than it gave in pilot runs.
@@ -283,21 +280,22 @@ def mkd_step(
         valid = torch.ones_like(valid)
     valid = common.resize_mask(valid, size)[:, ::2, ::2]
 
-    # z~ of each network (steps 7 to 10); lambda(t) = lambda0 (1 - cos(pi t / T)) / 2 (step 9)
+    # z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a of each network (steps 7 to 10),
+    # lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
-    labeled = (half_y, valid, strength)
+    shared = (half_y, valid, strength)  # by all four networks
     aug_s1 = half_s1
     aug_s2 = half_s2
     aug_t1 = half_t1
     aug_t2 = half_t2
     if args.fa in ("all", "students"):
-        aug_s1 = augmented_logits(nets["student1"], stats["student1"], half_s1, f_s1, *labeled)
-        aug_s2 = augmented_logits(nets["student2"], stats["student2"], half_s2, f_s2, *labeled)
+        aug_s1 = augmented_logits(nets["student1"], stats["student1"], half_s1, f_s1, *shared)
+        aug_s2 = augmented_logits(nets["student2"], stats["student2"], half_s2, f_s2, *shared)
     if args.fa == "all":
-        aug_t1 = augmented_logits(nets["teacher1"], stats["teacher1"], half_t1, f_t1, *labeled)
-        aug_t2 = augmented_logits(nets["teacher2"], stats["teacher2"], half_t2, f_t2, *labeled)
+        aug_t1 = augmented_logits(nets["teacher1"], stats["teacher1"], half_t1, f_t1, *shared)
+        aug_t2 = augmented_logits(nets["teacher2"], stats["teacher2"], half_t2, f_t2, *shared)
 
-    # Targets (step 11): t = argmax z~, kept where the confidence of z is enough
+    # Targets (step 11): argmax z~, kept where the confidence of z is enough
     label_s1 = aug_s1.detach().argmax(1)
     label_s2 = aug_s2.detach().argmax(1)
     label_t1 = aug_t1.argmax(1)
@@ -320,7 +318,7 @@ def mkd_step(
     loss_ss = loss_ss1 + loss_ss2
 
     # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss (step 14)
-    mutual = args.lambda_st * loss_st + args.lambda_ss * loss_ss  # of x as of u_mix
+    mutual = args.lambda_st * loss_st + args.lambda_ss * loss_ss
     loss = loss_sup1 + loss_sup2 + ramp * mutual
     keep = (keep_t1.float() + keep_t2.float()) / 2
     return {
@@ -444,10 +442,8 @@ def main(argv: list[str] | None = None) -> None:
         if evaluate:
             common.validate(nets, split, device, log, done)
 
-    # ---- teardown
+    # ---- teardown: launch() exits at once; to destroy the group first may hang gloo in torch 2.6
     log.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

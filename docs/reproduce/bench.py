@@ -71,8 +71,8 @@ KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 def make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a = p.add_argument
-    for what in ("ops", "quick", "hours", "data", "eval"):
-        a(f"--{what}", action="store_true", help="see the top of the file")
+    for what in ("--ops", "--quick", "--hours", "--data", "--eval"):
+        a(what, action="store_true", help="see the top of the file")
     a("--method", choices=(*METHODS, "all"), default="all")
     a("--backbone", help="unset: resnet50, on CUDA resnet101; of SegKC the senior's")
     a("--junior", help="of SegKC; unset: resnet50")
