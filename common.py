@@ -41,6 +41,7 @@ from data import COUNT, POSITIVE, SHARE, STEPS, WEIGHT, InputError
 
 CNNS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 DINOV2 = {"dinov2_vits14": (384, 6), "dinov2_vitb14": (768, 12)}  # width, attention heads
+DPT_WIDTHS = {384: ((48, 96, 192, 384), 64), 768: ((96, 192, 384, 768), 128)}  # maps, features
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}_pretrain.pth"
 BACKBONES = (*CNNS, *DINOV2)
 
@@ -236,12 +237,11 @@ class Fusion(nn.Module):
 
 
 class DPTDecoder(nn.Module):
-    """Four maps [B, width, h, w] to a feature [B, 64, 8h, 8w], the input of the classifier."""
+    """Four maps [B, width, h, w] to the classifier's input [B, features, 8h, 8w]."""
 
-    def __init__(
-        self, width: int, steps: tuple[int, ...] = (48, 96, 192, 384), features: int = 64
-    ) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
+        steps, features = DPT_WIDTHS[width]
         self.project = nn.ModuleList(nn.Conv2d(width, s, 1) for s in steps)
         self.resize = nn.ModuleList(
             (
@@ -342,14 +342,15 @@ class DeepLabV3Plus(Segmenter):
 
 
 class DPT(Segmenter):
-    """DINOv2 with the DPT decoder; f is [B, 64, 8h, 8w] for h x w patches."""
+    """DINOv2 with the DPT decoder; f is [B, 64, 8h, 8w] for h x w patches, 128 of ViT-B."""
 
     def __init__(self, backbone: str, num_classes: int) -> None:
         super().__init__()
         self.config = dict(backbone=backbone, num_classes=num_classes, decoder="dpt")
         self.backbone = DINOv2(backbone)
-        self.decode = DPTDecoder(self.backbone.channels[-1])
-        self.classifier = nn.Conv2d(64, num_classes, 1)
+        width = self.backbone.channels[-1]
+        self.decode = DPTDecoder(width)
+        self.classifier = nn.Conv2d(DPT_WIDTHS[width][1], num_classes, 1)
 
 
 def build_network(
@@ -496,8 +497,18 @@ def average_buffers(nets: Iterable[nn.Module]) -> None:
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest cells of a bool map: [B, H, W] to [B, *size]."""
-    return F.interpolate(mask[:, None].float(), size, mode="nearest")[:, 0] > 0.5
+    """A mask or label [B, H, W] at the pixels nearest to the cells of a map: [B, *size].
+
+    Corners are aligned as in `upsample`: cell i of h reads pixel round(i (H - 1) / (h - 1)).
+    """
+    row = _nearest_pixels(mask.shape[1], size[0], mask.device)
+    column = _nearest_pixels(mask.shape[2], size[1], mask.device)
+    return mask[:, row][:, :, column]
+
+
+def _nearest_pixels(pixels: int, cells: int, device: torch.device) -> Tensor:
+    gaps = max(1, cells - 1)
+    return (torch.arange(cells, device=device) * 2 * (pixels - 1) + gaps) // (2 * gaps)
 
 
 def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
@@ -506,12 +517,12 @@ def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
 
 
 def supervised_loss(
-    z: Tensor, y: Tensor, kind: str, least: int = 200_000, thresh: float = 0.7
+    z: Tensor, y: Tensor, kind: str, share: float = 0.156, thresh: float = 0.7
 ) -> Tensor:
     """CE over the labelled pixels of the global batch; z [B, C, H, W], y [B, H, W], 255 ignored.
 
     kind "ohem" keeps the pixels whose true class has a probability of at most `thresh`, or the
-    `least` pixels of the global batch with the lowest where those would be fewer.
+    `share` of the global batch's pixels with the lowest where those would be fewer.
     """
     ce = F.cross_entropy(z, y, ignore_index=data.IGNORE, reduction="none")  # [B, H, W]
     keep = y != data.IGNORE
@@ -522,7 +533,7 @@ def supervised_loss(
             everyone = [torch.empty_like(p) for _ in range(dist.get_world_size())]
             dist.all_gather(everyone, p)
         everyone = torch.cat(everyone).flatten()
-        kth = everyone.kthvalue(min(least, len(everyone))).values
+        kth = everyone.kthvalue(max(1, round(share * len(everyone)))).values
         keep = keep & (p <= kth.clamp_min(thresh))
     return masked_mean(ce, keep, keep)
 
@@ -584,7 +595,8 @@ def evaluate(
 
     Batches are made of the whole set, then dealt to the ranks: as their content does not depend
     on the number of ranks, neither does rounding. Each network sees images padded to its own grid,
-    so that its score does not depend on its partners.
+    so that its score does not depend on its partners, and to a size congruent to the crop: with
+    aligned corners, cells then lie as far apart as they did in training.
     """
     rank, world = rank_world()
     classes = len(split.classes)
@@ -594,7 +606,7 @@ def evaluate(
     modes = {net: net.training for net in nets.values()}
     for grid in {net.backbone.grid for net in nets.values()}:
         alike = {name: net.eval() for name, net in nets.items() if net.backbone.grid == grid}
-        batches = data.ValBatches(split.val, classes, grid)
+        batches = data.ValBatches(split.val, classes, grid, args.crop_size)
         for batch in data.val_batches(batches, rank, world, args.workers, device):
             for name, net in alike.items():
                 prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
@@ -608,7 +620,8 @@ def evaluate(
 @torch.no_grad()
 def predict_image(net: Segmenter, image: Image.Image, settings: argparse.Namespace) -> np.ndarray:
     """Class ids [H, W] uint8 of a PIL image by a network in eval mode, padded as in evaluation."""
-    height, width = data.ValBatches([], 1, net.backbone.grid).padded(image.size)
+    batches = data.ValBatches([], 1, net.backbone.grid, settings.crop_size)
+    height, width = batches.padded(image.size)
     padded = Image.new("RGB", (width, height), data.FILL)
     padded.paste(image.convert("RGB"))
     x = torch.from_numpy(np.array(padded)).to(next(net.parameters()).device)  # [H, W, 3]
@@ -744,7 +757,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     a("--head-lr-mult", type=POSITIVE, help="all but the backbone learns this many times faster")
     a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
     a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
-    a("--ohem-least", type=STEPS, default=200_000, help="pixels of a batch that OHEM always keeps")
+    a("--ohem-share", type=SHARE, default=0.156, help="of a batch's pixels, kept by OHEM at least")
     a("--threshold", type=SHARE, help="tau: pseudo-label confidence threshold, 0 to 1")
     a("--ramp", type=SHARE, help="share of the run in which unlabelled terms grow from 0 to full")
     a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
@@ -808,11 +821,6 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
     if len(split.unlabeled) < 2 and not args.labeled_only:
         left = f"leaves {len(split.unlabeled) or 'no'} unlabelled image, CutMix pairs two"
         raise InputError(f"--split {args.split}: {left}; label fewer, or --labeled-only")
-    pixels = args.batch_size * args.crop_size**2
-    if args.sup_loss == "ohem" and args.ohem_least > pixels / 2:  # void, padding count not
-        batch = f"a batch of {args.batch_size} crops of {args.crop_size} ({pixels})"
-        why = f"--ohem-least {args.ohem_least}: over half of {batch}, so it is nearly CE"
-        raise InputError(f"{why}; lower it, to {max(1, pixels // 25)} for Cityscapes' share")
     epoch = max(1, len(split.unlabeled or split.labeled) // args.batch_size)
     args.iters = args.iters or args.epochs * epoch
     args.eval_every = args.eval_every or epoch

@@ -182,8 +182,8 @@ def segkc_step(
     z_j, f_j, g_j = out_j
 
     # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
-    sup_s = common.supervised_loss(z_s[:n_x], y, args.sup_loss, args.ohem_least)
-    sup_j = common.supervised_loss(z_j[:n_x], y, args.sup_loss, args.ohem_least)
+    sup_s = common.supervised_loss(z_s[:n_x], y, args.sup_loss, args.ohem_share)
+    sup_j = common.supervised_loss(z_j[:n_x], y, args.sup_loss, args.ohem_share)
     loss_sup = 0.5 * (sup_s + sup_j)
 
     # L_cps = 1/2 [masked_mean(CE(z_S, y_hat_J), c_J >= tau) + the same of z_J and S] (step 5)

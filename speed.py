@@ -231,7 +231,7 @@ def speed_step(
     f_m = f[len(x) :]
 
     # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)
-    loss_x = common.supervised_loss(z_x, y, args.sup_loss, args.ohem_least)
+    loss_x = common.supervised_loss(z_x, y, args.sup_loss, args.ohem_share)
     ce = F.cross_entropy(z_m, pseudo_label, reduction="none")  # [B, H, W]
     loss_u = masked_mean(ce, keep, valid_m)
 
@@ -258,7 +258,7 @@ def supervised_step(
     """--labeled-only: L = CE(model(x), y), or OHEM."""
     with autocast():
         z_x = model(data.normalize(batch["x"]))
-    loss = common.supervised_loss(z_x, batch["y"], args.sup_loss, args.ohem_least)
+    loss = common.supervised_loss(z_x, batch["y"], args.sup_loss, args.ohem_share)
     return {"loss": loss}
 
 
