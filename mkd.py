@@ -34,32 +34,28 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 from common import masked_mean
+from data import SHARE, WEIGHT
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and MKD's own. Weights are the released config's, but on shapes."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
-    a = p.add_argument_group("MKD").add_argument
-    a("--ema", type=common.SHARE, default=0.6, help="upper limit of the teachers' momentum m")
-    a("--lambda-st", type=common.WEIGHT, default=1.5, help="weight of L_st, from the teachers")
-    a("--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students")
-    a("--threshold-ss", type=common.SHARE, default=0.0, help="tau of L_ss; --threshold is L_st's")
-    a("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
-    a("--lambda0", type=common.WEIGHT, default=1.5, help="strength of --fa at the end")
-    a("--keep-padding", action=flag, default=False, help="padding takes part, as in released code")
-    a("--teacher-mode", choices=("train", "eval"), default="train", help="teachers' batch norm")
+    g = p.add_argument_group("MKD")
+    g.add_argument("--ema", type=SHARE, default=0.6, help="most of the teachers' momentum m")
+    g.add_argument("--lambda-st", type=WEIGHT, default=1.5, help="weight of L_st, by the teachers")
+    g.add_argument("--lambda-ss", type=WEIGHT, default=1.0, help="weight of L_ss, of the students")
+    g.add_argument("--threshold-ss", type=SHARE, default=0.0, help="tau of L_ss, between students")
+    g.add_argument("--fa", choices=("all", "students", "none"), default="all", help="whose logits")
+    g.add_argument("--lambda0", type=WEIGHT, default=1.5, help="strength of --fa at the end")
+    g.add_argument(
+        "--keep-padding", action=flag, default=False, help="learn on padding, as released"
+    )
+    g.add_argument("--teacher-mode", choices=("train", "eval"), default="train", help="batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
     # augmentation took more than it gave in pilot runs.
-    shapes = dict(
-        teacher_mode="eval",
-        fa="none",
-        threshold=0.95,
-        threshold_ss=0.95,
-        batch_size=4,
-        lr=2e-3,
-        epochs=4,
-    )
+    shapes = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95)
+    shapes.update(batch_size=4, lr=2e-3, epochs=4)
     args = common.parse(p, argv, all=dict(threshold=0.0), shapes=shapes)
     if args.fa == "all" and args.teacher_mode == "eval":  # Sigma keeps every step's features
         why = "features by running statistics explode at first"
@@ -103,24 +99,24 @@ def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
 
 def mix_mask(boxes: Tensor, crop: int) -> Tensor:
     """M [B, H, W], boxes [B, 3, 4] XORed onto zeros: True keeps a pixel, False is the partner's."""
-    one = data.rect_mask(boxes[:, 0], crop, crop)
-    two = data.rect_mask(boxes[:, 1], crop, crop)
-    three = data.rect_mask(boxes[:, 2], crop, crop)
-    return one ^ two ^ three
+    inside = data.rect_mask(boxes.flatten(0, 1), crop, crop).unflatten(0, (-1, 3))  # [B, 3, H, W]
+    return inside.sum(1) % 2 == 1
+
+
+def partner(values: Tensor) -> Tensor:
+    """values[pi] of [B, ...]: the partner pi swaps neighbours, 0-1, 2-3, ...
+
+    That is a roll by one in blocks of two: on the same rank however many ranks there are, and never
+    the image itself.
+    """
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def mix(values: Tensor, M: Tensor) -> Tensor:
-    """M * values + (1 - M) * values[pi] of values [B, ..., H, W]; M is resized by nearest cells.
-
-    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
-    the same rank however many ranks there are, and never the image itself.
-    """
-    pi = torch.arange(len(values), device=values.device) ^ 1
-    if M.shape[-2:] != values.shape[-2:]:
-        M = common.resize_mask(M, values.shape[-2:])
+    """M * values + (1 - M) * values[pi] of values [B, ..., H, W], M [B, H, W]."""
     if values.dim() == 4:
         M = M[:, None]
-    return torch.where(M, values, values[pi])
+    return torch.where(M, values, partner(values))
 
 
 class ClassStatistics(nn.Module):
@@ -255,10 +251,11 @@ def mkd_step(
         with autocast():
             z_t1, f_t1, _ = nets["teacher1"].parts(torch.cat([x, u]))
             z_t2, f_t2, _ = nets["teacher2"].parts(torch.cat([x, u]))
-        z_t1 = torch.cat([z_t1[:n_x], mix(z_t1[n_x:], M)]).float()
-        z_t2 = torch.cat([z_t2[:n_x], mix(z_t2[n_x:], M)]).float()
-        f_t1 = torch.cat([f_t1[:n_x], mix(f_t1[n_x:], M)])
-        f_t2 = torch.cat([f_t2[:n_x], mix(f_t2[n_x:], M)])
+        M_4 = common.resize_mask(M, z_t1.shape[-2:])
+        z_t1 = torch.cat([z_t1[:n_x], mix(z_t1[n_x:], M_4)]).float()
+        z_t2 = torch.cat([z_t2[:n_x], mix(z_t2[n_x:], M_4)]).float()
+        f_t1 = torch.cat([f_t1[:n_x], mix(f_t1[n_x:], M_4)])
+        f_t2 = torch.cat([f_t2[:n_x], mix(f_t2[n_x:], M_4)])
 
     # Students see x and u_mix (step 4)
     with autocast():
@@ -357,8 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- networks (step 1): one seed is drawn on for both students, so their heads differ
     shape = (args.backbone, len(split.classes), args.output_stride, args.decoder)
     student_1 = common.build_network(*shape)
-    common.check_crop(student_1, args.crop_size)
-    common.say(common.load_weights(student_1, args.backbone, args.weights))
+    common.say(common.load_weights(student_1, args.backbone, args.weights, split.classes))
     student_2 = common.build_network(*shape)
     common.say(common.load_weights(student_2, args.backbone, args.weights))
     if world > 1 and device.type == "cuda":
@@ -410,7 +406,7 @@ def main(argv: list[str] | None = None) -> None:
     log = common.Log(args, start)
     common.catch_signals()
     if log.owes_evaluation(start):
-        common.validate(nets, split, args, device, log, start)
+        common.validate(nets, split, device, log, start)
 
     # ---- train
     batches = data.train_batches(split, args, rank, world, start, device)
@@ -438,11 +434,11 @@ def main(argv: list[str] | None = None) -> None:
         stop = common.stop_signal(done % args.log_every == 0)
         evaluate = done % args.eval_every == 0 or last
         if evaluate or stop or done % args.save_every == 0:
-            common.save(args, split, state, log, done)
+            common.save(state, split, log, done)
         if stop and not last:
             log.close(stop)
         if evaluate:
-            common.validate(nets, split, args, device, log, done)
+            common.validate(nets, split, device, log, done)
 
     # ---- teardown
     log.close()
