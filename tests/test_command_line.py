@@ -343,11 +343,11 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "odd batch": (NOTHING, "--batch-size 3", "--batch-size 3 on 1 ranks | multiple of 2"),
     "batch 0": (NOTHING, "--batch-size 0", "--batch-size: 0 | at least 1"),
     "crop negative": (NOTHING, "--crop-size -32", "--crop-size: -32 | at least 1"),
-    "crop too small": (NOTHING, "--crop-size 31", "--crop-size 31 | at least 32 pixels | e.g. 32"),
+    "crop too small": (NOTHING, "--crop-size 31", "--crop-size 31 | at least 32 pixels"),
     "crop off the patches": (
         NOTHING,
         "--crop-size 64 --backbone dinov2_vits14",
-        "--crop-size 64 | dinov2_vits14 | multiple of 14, e.g. 70",
+        "--crop-size 64 | multiple of 14",
     ),
     "OHEM of more than all": (NOTHING, "--ohem-share 1.1", "--ohem-share: 1.1 | at most 1"),
     "DPT on a CNN": (NOTHING, "--decoder dpt", "--decoder dpt | resnet18 | use deeplab"),
@@ -453,26 +453,38 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @OVER_SCRIPTS
 def test_a_runs_best_network_has_the_runs_score(script, tmp_path, root):
-    """Guards: other weights, sizes or settings in --test-only than in the evaluation of a run."""
-    done = run(script, tiny(script, tmp_path) + f"--root {root} --eval-mode slide", tmp_path)
+    """Guards: other weights, sizes or settings in --test-only than in the evaluation of a run;
+    a score over some of the classes that does not say so.
+    """
+    shutil.copytree(root, tmp_path / "root")
+    names = ["sky", "road", "car", *[f"unseen{k}" for k in range(9)]]
+    (tmp_path / "root/classes.txt").write_text("\n".join(names))
+    done = run(script, tiny(script, tmp_path) + "--eval-mode slide", tmp_path)
     assert done.status == 0, done.err
-    lines = [json.loads(x) for x in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-    assert done.out[-1].startswith(f"mIoU last {lines[-1]['miou']:.2f}")
-    flags = f"--root {root} --test-only {tmp_path}/out/best.pt"
+    line = json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[-1])
+    iou = {k: v for k, v in line["iou"].items() if v is not None}
+    absent = [k for k in names if k not in iou]
+    assert {"sky", "road", "car"} <= set(iou)
+    assert absent
+    assert line["miou"] == pytest.approx(sum(iou.values()) / len(iou), abs=1e-3)
+    over = f" over {len(iou)} of 12 classes (absent: {', '.join(absent)})"
+    assert done.out[-1].startswith(f"mIoU last {line['miou']:.2f}{over} · best ")
+    assert [x for x in done.out if x.startswith("eval 1/1 miou ")][0].endswith(over)
+
+    flags = f"--root {tmp_path}/root --test-only {tmp_path}/out/best.pt"
     test = run(script, flags, tmp_path)
     assert test.status == 0, test.err
-    assert test.out[-1].startswith(f"mIoU {lines[-1]['miou']:.2f}")
-    assert "slide" in test.out[-1]
-    values = dict(line.split() for line in test.out[:-1])
-    said = {k: "absent" if v is None else f"{v:.2f}" for k, v in lines[-1]["iou"].items()}
-    assert values == said
+    assert test.out[-1].startswith(f"mIoU {line['miou']:.2f}{over} on 1 images · resnet18, slide")
+    values = {k: f"{v:.2f}" for k, v in iou.items()} | dict.fromkeys(absent, "absent")
+    assert dict(text.split() for text in test.out[:-1]) == values
 
 
 @OVER_SCRIPTS
 def test_all_ways_to_predict_give_the_same_files(script, tmp_path, root, best):
     """As val images of a data set, as pictures without one, as one file, and in Python."""
     argv = f"--dataset folder --root {root} --test-only {best} --save-predictions {tmp_path}/val"
-    assert run(script, argv, tmp_path).status == 0
+    done = run(script, argv, tmp_path)
+    assert re.match(r"mIoU \d+\.\d\d on 1 images · ", done.out[-1]), "all classes are present"
     expected = contents(tmp_path / "val")
     assert set(expected) == {"v00.png", "v00_overlay.png"}
     bare = tmp_path / "bare"  # no data set near, nor flags
@@ -482,7 +494,7 @@ def test_all_ways_to_predict_give_the_same_files(script, tmp_path, root, best):
         argv = ["--test-only", best, "--predict", pictures, "--save-predictions", "new/png"]
         done = run(script, argv, bare)
         assert done.status == 0, done.err
-        assert done.out == ["new/png: 1 pictures predicted, 0 unreadable"]
+        assert done.out == ["new/png: 1 predicted"]
         assert contents(bare / "new/png") == expected
         shutil.rmtree(bare / "new")
 
@@ -521,12 +533,15 @@ def test_pictures_of_all_kinds(script, tmp_path, best):
         "cut.jpg",
         "words.txt",
     ]
-    assert done.out[-1].endswith("4 pictures predicted, 2 unreadable")
+    assert done.out[-1].endswith("out: 4 predicted")
     written = contents(tmp_path / "out")
     stems = ("a", "b", "grey", "dot.in.name")
     assert set(written) == {f"{s}{t}.png" for s in stems for t in ("", "_overlay")}
     assert Image.open(tmp_path / "out/b.png").size == (48, 40)
     assert written["b.png"] == written["a.png"]
+    net, _, settings = common.load_best(best)
+    label = common.predict_image(net, Image.open(tmp_path / "in/b.png"), settings)
+    np.testing.assert_array_equal(label, np.asarray(Image.open(tmp_path / "out/a.png")))
     assert written["b_overlay.png"] == written["a_overlay.png"]
 
 
