@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def update_teacher(
     teacher: nn.Module, student: nn.Module, t: int, ema: float, mode: str = "train"
 ) -> None:
-    """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), at the start of step t from 1.
+    """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), before step t (step 3).
 
     Parameters in float32; at t = 1 it becomes a copy. `mode` "train", as released: batch norm is by
     the batch, with running statistics of its own; "eval": by the student's running statistics.
@@ -98,7 +98,7 @@ def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
 
 
 def mix_mask(boxes: Tensor, crop: int) -> Tensor:
-    """M [B, H, W], boxes [B, 3, 4] XORed onto zeros: True keeps a pixel, False is the partner's."""
+    """M [B, H, W] (step 4): boxes [B, 3, 4] XORed onto zeros; False is the partner's pixel."""
     inside = data.rect_mask(boxes.flatten(0, 1), crop, crop).unflatten(0, (-1, 3))  # [B, 3, H, W]
     return inside.sum(1) % 2 == 1
 
@@ -113,14 +113,14 @@ def partner(values: Tensor) -> Tensor:
 
 
 def mix(values: Tensor, M: Tensor) -> Tensor:
-    """M * values + (1 - M) * values[pi] of values [B, ..., H, W], M [B, H, W]."""
+    """M * values + (1 - M) * values[pi] of values [B, ..., H, W], M [B, H, W] (step 4)."""
     if values.dim() == 4:
         M = M[:, None]
     return torch.where(M, values, partner(values))
 
 
 class ClassStatistics(nn.Module):
-    """Running mean mu_c [C, A], diagonal covariance Sigma_c [C, A] of a network's classifier input.
+    """Running mean mu_c, diagonal covariance Sigma_c [C, A] of the classifier's input (step 8).
 
     After each update they are the exact mean and population variance, per class, of all pixels seen
     so far on all ranks. Buffers, so the checkpoint has them.
@@ -283,7 +283,7 @@ def mkd_step(
         valid = torch.ones_like(valid)
     valid = common.resize_mask(valid, size)[:, ::2, ::2]
 
-    # z~ of each network (steps 7 to 10), lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
+    # z~ of each network (steps 7 to 10); lambda(t) = lambda0 (1 - cos(pi t / T)) / 2 (step 9)
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
     labeled = (half_y, valid, strength)
     aug_s1 = half_s1
@@ -340,7 +340,11 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = common.rank_world()
     device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # torchrun's store outlives a restart: without a prefix gloo reads dead ranks' addresses
+        store = next(dist.rendezvous("env://"))[0]
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     torch.manual_seed(args.seed)  # the same weights on all ranks; batches have seeds of their own
     if args.test_only:
         common.test(args, device)
