@@ -155,7 +155,7 @@ class Coordinates(common.Segmenter):
     """
 
     def __init__(self, axis: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.axis, self.config = axis, dict(num_classes=255)
         self.backbone = nn.Identity()
         self.backbone.grid = 16

@@ -102,7 +102,7 @@ def test_deeplab_is_the_published_design(stride: int):
     for h, w in ((2, 40), (40, 2)):
         low, deep = torch.randn(1, 256, 4 * h, 4 * w), torch.randn(1, 2048, h, w)
         with torch.no_grad():
-            assert_close(ours.decode([low, deep]), plain.decode(low, deep))
+            assert_close(ours.decoder([low, deep]), plain.decode(low, deep))
 
 
 def stages(name: str) -> nn.Sequential:
@@ -321,11 +321,11 @@ def test_dpt_decoder(vits: nn.Module):
     torch.manual_seed(3)
     maps = [torch.randn(2, 384, 4, 6) for _ in range(4)]
     with torch.no_grad():
-        found, mine = vits.decode(maps), dpt(vits.decode, maps)
+        found, mine = vits.decoder(maps), dpt(vits.decoder, maps)
         torch.testing.assert_close(found, mine, rtol=1e-4, atol=1e-5)
         assert found.shape == (2, 64, 32, 48)
         x = torch.randn(1, 3, 56, 84)
-        z = vits.classifier(dpt(vits.decode, vits.backbone(x)))
+        z = vits.classifier(dpt(vits.decoder, vits.backbone(x)))
         z = F.interpolate(z, (56, 84), mode="bilinear", align_corners=True)
         torch.testing.assert_close(vits(x), z, rtol=1e-4, atol=1e-5)
 
@@ -333,7 +333,7 @@ def test_dpt_decoder(vits: nn.Module):
 def test_the_output_stride_is_a_cnns(vits: nn.Module):
     """Guards: ASPP rates of a stride that the patches do not have."""
     for backbone, rates in (("dinov2_vits14", [1, 6, 12, 18, 1]), ("resnet18", [1, 12, 24, 36, 1])):
-        aspp = build_network(backbone, 3, 8).aspp
+        aspp = build_network(backbone, 3, 8).decoder.aspp
         found = [m.dilation[0] for m in aspp.modules() if isinstance(m, nn.Conv2d)]
         assert found[:5] == rates
 
@@ -481,14 +481,11 @@ def test_another_architectures_file_is_refused(case: str, save):
 
 @pytest.mark.parametrize("value", [Path("x"), Fraction(1, 2)])
 def test_what_cannot_be_read_safely_is_named(value: object, save):
-    """The type and the remedy, in a line that no word of which is cut."""
     file = save({"model": torchvisions("resnet18"), "config": value})
     with pytest.raises(InputError) as e:
         load_weights(build_network("resnet18", 4), "resnet18", file)
     kind = f"{type(value).__module__}.{type(value).__name__}"
-    expected = f"{file}: no loadable checkpoint (holds a {kind}); "
-    assert str(e.value).startswith(expected)
-    assert "save its state_dict alone" in str(e.value)
+    assert str(e.value) == f"{file}: no loadable checkpoint (holds a {kind}); give a state_dict"
 
 
 def test_imagenet_weights_and_none(monkeypatch):
