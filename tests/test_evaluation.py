@@ -183,8 +183,10 @@ def test_an_image_is_not_drawn_out(crop: int, tmp_path):
         items.append(data.Item(str(h), tmp_path / f"{h}.png", mask))
     split = data.Source("rows", [str(k) for k in range(255)], tmp_path, [], items)
     matrix = common.evaluate({"net": Coordinates(0)}, split, options(crop=crop), CPU)["net"]
-    assert matrix.sum() == matrix.diagonal().sum() == 17 * 18 + 33 * 32 + 34 * 47 + 64 * 65 + (
-        81 * 250 + 128 * 129 + 241 * 254
+    assert (
+        matrix.sum()
+        == matrix.diagonal().sum()
+        == 17 * 18 + 33 * 32 + 34 * 47 + 64 * 65 + (81 * 250 + 128 * 129 + 241 * 254)
     )
 
 
