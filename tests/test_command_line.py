@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from datasets import make_folder, make_pascal, noise, save, truncate
+from datasets import make_folder, noise, save, truncate
 from PIL import Image
 
 import common
@@ -101,30 +101,6 @@ def test_built_in_images_need_no_file_and_a_flag_overrides_a_preset(script):
     assert (args.crop_size, args.lr, args.threshold) == (280, 0.5, 0.7)
 
 
-BLOCKS = {  # from a line of a script to another
-    "ranks": ("    # ---- ranks", "    # ---- data"),
-    "data": ("    # ---- data", "    # ---- network"),
-    "optimizer": ("    fused = None", "    # ---- resume"),
-    "resume": ("    start = common.resume", "    # ---- train"),
-    "schedule": ("    for step, batch", "        ramp ="),
-    "step": ("        optimizer.zero_grad", "        # ---- log, save"),
-    "log, save, evaluate, teardown": ("        # ---- log, save", "\n\nif __name__"),
-    "cutmix": ("def cutmix", "\n\n\n"),
-}
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_what_the_scripts_share_is_written_alike(block):
-    """Copies, on purpose: they must not drift apart."""
-    first, end = BLOCKS[block]
-    texts = set()
-    for script in SCRIPTS if block != "cutmix" else ("speed", "segkc"):
-        text = (ROOT / f"{script}.py").read_text()
-        assert text.count(first) == 1, (script, first)
-        texts.add(text[text.index(first) :].split(end)[0])
-    assert len(texts) == 1, "\n".join(texts)
-
-
 # ------------------------------------------------------------------------- what is found where
 
 
@@ -138,16 +114,6 @@ def test_without_voc_the_first_lines_say_so(script, tmp_path):
     assert re.fullmatch(f"NOTE: .*{command}", done.out[1])
     assert data.make_parser().parse_args(command.split()[2:]).download
     assert "NOTE" not in str(run(script, "--dataset shapes --split 9999", tmp_path).out)
-
-
-def test_the_data_set_is_voc_where_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert speed.parse_args([]).dataset == "shapes"
-    make_pascal(tmp_path / "data")
-    capsys.readouterr()
-    for argv in ([], ["--root", "data"]):
-        assert speed.parse_args(argv).dataset == "pascal"
-    assert "NOTE" not in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------- bad input
@@ -228,8 +194,8 @@ def best_pt(**changes: object) -> dict:
     return saved | dict(dataset="folder", step=1, miou=1.0) | changes
 
 
-def resnet18(_: Path) -> dict:
-    return torchvision.models.resnet18(weights=None).state_dict()
+def resnet50(_: Path) -> dict:
+    return torchvision.models.resnet50(weights=None).state_dict()
 
 
 def code(tmp: Path) -> dict:
@@ -250,47 +216,30 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "split nonsense": (nothing, "--split nonsense", "--split nonsense | 1/8, full | a folder"),
     "split 0": (nothing, "--split 0", "--split 0 | 0 labelled images | 1 to 4"),
     "split too large": (nothing, "--split 5", "--split 5 | 1 to 4"),
-    "split divided by 0": (nothing, "--split 1/0", "--split 1/0 | 1/8, full"),
-    "split negative": (nothing, "--split=-1", "--split -1 | 1/8, full"),
-    "split of a long name": (nothing, "--split " + "x" * 300, "--split xxx | 1/8, full"),
     "folder without lists": (nothing, "--split {tmp}/root", "root/labeled.txt"),
     "list out of the root": (lists("train/../../x.jpg"), LISTS, "train/../../x.jpg | relative"),
-    "list of absolute paths": (lists("/etc/passwd"), LISTS, "/etc/passwd | relative"),
     "unknown id": (lists("t99"), LISTS, "labeled.txt | t99 | remove"),
-    "val id": (lists("t00\nv00"), LISTS, "v00 | once"),
     "lists that overlap": (lists("train/images/t00.jpg", "t05\nt00"), LISTS, "t00 | once"),
-    "empty list": (lists("\n\n"), LISTS, "labeled.txt | empty | at least one"),
     "no mask": (lists("t00\nt06"), LISTS, "t06 | no mask | unlist"),
     "list of bytes": (put("lists/labeled.txt", b"\x80\xff"), LISTS, "labeled.txt | text"),
     "one unlabelled image": (lists("t00"), LISTS, "1 unlabelled image | label fewer"),
     "no pascal": (nothing, "--dataset pascal", "{tmp}/root | --download"),
     "no cityscapes": (nothing, "--dataset cityscapes", "{tmp}/root | leftImg8bit"),
     "no folder": (nothing, "--root {tmp}/nowhere", "nowhere/classes.txt | not found"),
-    "root is a file": (put("f", b""), "--root {tmp}/f", "{tmp}/f"),
     "truncated JPEG": (HALF, "", ".jpg | replace or remove"),
     "mask of another size": (masks(lambda m: m[1:]), "", ".png | (48, 39) | (48, 40)"),
     "mask value too large": (masks(lambda m: m + 3), "", ".png | value 3 | 0 to 2"),
     "mask value in val": (masks(lambda m: m + 9, "val"), "", "v00.png | value 9 | 0 to 2"),
     "RGB mask": (masks(lambda m: np.stack([m] * 3, 2)), "", ".png | RGB | map each colour"),
-    "another network's weights": (
-        put("w.pth", resnet18),
-        WEIGHTS + " --backbone resnet34 --senior resnet34",
-        "w.pth | another architecture | give a file of resnet34",
-    ),
+    "of another network": (put("w.pth", resnet50), WEIGHTS, "w.pth | give a file of resnet18"),
     "no weights": (nothing, WEIGHTS, "w.pth | give a state_dict"),
-    "weights of bytes": (put("w.pth", b"hello"), WEIGHTS, "w.pth | give a state_dict"),
     "empty weights": (put("w.pth", {}), WEIGHTS, "w.pth | another architecture | resnet18"),
-    "a list": (put("w.pth", [1, 2]), WEIGHTS, "w.pth | list | give a state_dict"),
-    "numbers for names": (put("w.pth", {0: 1}), WEIGHTS, "w.pth | another architecture"),
     "weights with code": (put("w.pth", code), WEIGHTS, "w.pth | mkdir | give a state_dict"),
     "latest.pt with code": (put("out/latest.pt", code), "", "latest.pt | mkdir"),
     "latest.pt cut": (put("out/latest.pt", b"PK\x03\x04 cut"), "", "latest.pt"),
     "another latest.pt": (put("out/latest.pt", {"net": {}}), "", "out | --overwrite"),
     "best.pt alone": (put("out/best.pt", {}), "", "{tmp}/out | no latest.pt | another --out"),
     "out is a file": (put("f", b""), "--out {tmp}/f", "{tmp}/f | give another --out"),
-    "out below a file": (put("f", b""), "--out {tmp}/f/out", "{tmp}/f/out | another --out"),
-    "test nothing": (nothing, TEST, "best.pt | give"),
-    "test a folder": (nothing, "--test-only {tmp}", "{tmp} | give"),
     "test code": (put("best.pt", code), TEST, "best.pt | mkdir"),
     "test a state dict": (put("best.pt", {"a": 1}), TEST, "best.pt | give"),
     "other classes": (put("best.pt", lambda _: best_pt(classes=OTHER)), TEST, "best.pt | classes"),
@@ -303,7 +252,6 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "crop too small": (nothing, "--crop-size 31", "--crop-size 31 | at least 32 pixels"),
     "crop off the patches": (nothing, VIT_64, "--crop-size 64 | multiple of 14"),
     "DPT on a CNN": (nothing, "--decoder dpt", "--decoder dpt | resnet18 | use deeplab"),
-    "scale 0": (nothing, "--scale 0 1", "--scale: 0 | above 0"),
     "scale the wrong way": (nothing, "--scale 2 0.5", "--scale 2.0 0.5 | smaller one first"),
     "unknown flag": (nothing, "--lern-rate 1", "unrecognized arguments | --lern-rate"),
 }
@@ -434,7 +382,7 @@ def test_all_ways_to_predict_give_the_same_files(script, tmp_path, root, best):
     net, classes, settings = common.load_best(best)
     assert (classes, net.training) == (["sky", "road", "car"], False)
     assert vars(settings) == dict(crop_size=33, eval_mode="slide", amp="bf16")
-    label = common.predict_image(net, Image.open(bare / "v00.jpg"), settings)
+    label = common.predict_image(net, data.open_picture(bare / "v00.jpg"), settings)
     assert len(np.unique(label)) > 1
     Image.fromarray(label).save(tmp_path / "v00.png")
     assert (tmp_path / "v00.png").read_bytes() == expected["v00.png"]
@@ -469,12 +417,12 @@ def test_pictures_of_all_kinds(script, tmp_path, best):
     assert written["b.png"] == written["a.png"]
     assert written["b_overlay.png"] == written["a_overlay.png"]
     net, _, settings = common.load_best(best)
-    label = common.predict_image(net, Image.open(tmp_path / "in/b.png"), settings)
+    label = common.predict_image(net, data.open_picture(tmp_path / "in/b.png"), settings)
     np.testing.assert_array_equal(label, np.asarray(Image.open(tmp_path / "out/a.png")))
 
 
 PICTURES = {  # in the folder: --predict, --save-predictions, what is said
-    "a.png a.jpg": ("in", "out", "a.jpg and a.png would both be a.png | rename"),
+    "a.png a.jpg": ("in", "out", "two pictures would both be a.png | rename"),
     "a.png a_overlay.jpg": ("in", "out", "would both be a_overlay.png | rename"),
     "a.png": ("in", "in", "--save-predictions in | another folder"),
     "b.png": ("in/b.png", "./in", "--save-predictions in | another folder"),

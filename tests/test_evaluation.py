@@ -1,4 +1,4 @@
-"""Evaluation against loops: sizes, whole images, sliding windows, confusion, IoU; best.pt in use."""
+"""Evaluation against loops: sizes, whole images, windows, geometry, confusion, IoU."""
 
 import argparse
 
@@ -144,7 +144,7 @@ def test_a_networks_score_does_not_depend_on_its_partner(source, net, monkeypatc
     assert other.training
 
 
-# ------------------------------------------------------------------------- geometry (aligned corners)
+# ----------------------------------------------------------------- geometry: aligned corners
 
 
 class Coordinates(common.Segmenter):
@@ -188,21 +188,6 @@ def test_an_image_is_not_drawn_out(crop: int, tmp_path):
         == matrix.diagonal().sum()
         == 17 * 18 + 33 * 32 + 34 * 47 + 64 * 65 + (81 * 250 + 128 * 129 + 241 * 254)
     )
-
-
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
-def test_cells_lie_where_the_coordinates_say(name: str):
-    """ceil(n / 16) cells, the centre of the i-th at pixel 16 i: a mirrored image, mirrored maps."""
-    torch.manual_seed(0)
-    backbone = common.build_network(name, 2).backbone.double().eval()
-    with torch.no_grad():
-        assert backbone(torch.zeros(1, 3, 34, 48).double())[-1].shape[-2:] == (3, 3)
-        for conv in (m for m in backbone.modules() if isinstance(m, nn.Conv2d)):
-            conv.weight.copy_(conv.weight + conv.weight.flip(2, 3))
-        x = torch.randn(1, 3, 33, 65, dtype=torch.float64)
-        mirrored, found = backbone(x.flip(2, 3))[-1].flip(2, 3), backbone(x)[-1]
-    assert found.shape[-2:] == (3, 5)
-    torch.testing.assert_close(mirrored, found)
 
 
 @pytest.mark.parametrize("size", [(33, 17, 9, 5), (64, 50, 16, 13), (7, 20, 1, 20), (40, 40, 3, 4)])
