@@ -301,18 +301,16 @@ def test_a_run_that_fails_ends_with_one_line(script, tmp_path, root):
     assert re.match(r"error: step [23]: \w+ is (nan|inf|-inf); .*lower --lr", line), line
 
 
-@pytest.mark.parametrize("flags", ["--split nonsense", "--workers 1 --iters 9"])
-def test_as_a_user_sees_it(flags, tmp_path, root):
-    """A process of its own, in another folder; the second fails in a worker."""
+def test_a_process_of_its_own_and_a_worker(tmp_path, root):
     shutil.copytree(root, tmp_path / "root")
     truncate(tmp_path / "root/train/images/t01.jpg")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "mkd.py", *(tiny("mkd", tmp_path) + flags).split()]
-    p = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
-    done = SimpleNamespace(status=p.returncode, out=[], err=p.stderr.splitlines())
-    line = error_of(done)
-    assert line.startswith("error: ")
-    assert ("t01.jpg" if "workers" in flags else "--split nonsense") in line
+    argv = (tiny("mkd", tmp_path) + "--workers 1 --iters 9").split()
+    how = dict(cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    p = subprocess.run(
+        [sys.executable, ROOT / "mkd.py", *argv], capture_output=True, text=True, **how
+    )
+    assert p.returncode == 2
+    assert re.fullmatch(r"error: .*t01\.jpg.*\n", p.stderr)
 
 
 # ------------------------------------------------------------------- the trained network in use
@@ -344,6 +342,15 @@ def test_a_runs_best_network_has_the_runs_score(script, tmp_path, root):
     assert test.out[-1].startswith(f"mIoU {line['miou']:.2f}{over} on 1 images · resnet18, slide")
     values = {k: f"{v:.2f}" for k, v in iou.items()} | dict.fromkeys(absent, "absent")
     assert dict(text.split() for text in test.out[:-1]) == values
+
+    argv = f"--weights {tmp_path}/out/best.pt --out {tmp_path}/again"
+    done = run(script, tiny(script, tmp_path) + argv, tmp_path)
+    assert done.status == 0, done.err
+    lines = [x for x in done.out if "out/best.pt: " in x]
+    assert "the whole network of step 1" in lines[0]
+    assert [re.search(r"120 keys matched, 0 missing", x) is not None for x in lines[1:]] == (
+        [True] * (script != "speed")  # two equal networks would stay equal
+    )
 
 
 @pytest.fixture(scope="module")

@@ -177,15 +177,6 @@ def vits() -> nn.Module:
     return net
 
 
-def test_dinov2_facts(vits: nn.Module):
-    state = vits.backbone.state_dict()
-    assert {k: tuple(v.shape) for k, v in state.items()} == published_shapes()
-    assert len(state) == 175
-    assert sum(v.numel() for v in state.values()) == 22_056_576
-    norms = [m for m in vits.modules() if isinstance(m, nn.LayerNorm)]
-    assert {m.eps for m in norms} == {1e-6}, "a difference that no output shows"
-
-
 @pytest.mark.parametrize(
     ("name", "width", "count"),
     [("dinov2_vits14", 384, 24_795_637), ("dinov2_vitb14", 768, 97_528_789)],
@@ -196,6 +187,8 @@ def test_dinov2_with_dpt_has_the_published_parameters(name: str, width: int, cou
     state = net.backbone.state_dict()
     assert {k: tuple(v.shape) for k, v in state.items()} == published_shapes(width)
     assert sum(p.numel() for p in net.parameters()) == count
+    norms = [m for m in net.modules() if isinstance(m, nn.LayerNorm)]
+    assert {m.eps for m in norms} == {1e-6}, "a difference that no output shows"
 
 
 def cubic(table: np.ndarray, size: int) -> np.ndarray:
@@ -213,54 +206,49 @@ def cubic(table: np.ndarray, size: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def positions(pos_embed: Tensor, h: int, w: int) -> np.ndarray:
+def positions(pos_embed: Tensor, h: int, w: int) -> Tensor:
     """[1 + h w, A]: the class part, then the resized table."""
-    table = pos_embed[0].double().numpy()
+    table = pos_embed.detach()[0].double().numpy()
     patches = cubic(table[1:].reshape(37, 37, -1), h).transpose(1, 0, 2)
     patches = cubic(patches, w).transpose(1, 0, 2)
-    return np.concatenate([table[:1], patches.reshape(h * w, -1)])
+    return torch.from_numpy(np.concatenate([table[:1], patches.reshape(h * w, -1)]))
 
 
 def test_position_table(vits: nn.Module):
     dino = vits.backbone
     assert torch.equal(dino.positions(37, 37), dino.pos_embed), "used as it is at 37 x 37"
     for h, w in ((2, 3), (16, 5), (40, 37)):
-        found = dino.positions(h, w)[0].detach().numpy()
-        np.testing.assert_allclose(found, positions(dino.pos_embed.detach(), h, w), atol=2e-4)
+        found = dino.positions(h, w)[0].double()
+        torch.testing.assert_close(found, positions(dino.pos_embed, h, w), rtol=0, atol=2e-4)
 
 
-def norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * weight + bias
+LAYERS = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj."}
+LAYERS |= {"linear1.": "mlp.fc1.", "linear2.": "mlp.fc2.", "norm1.": "norm1.", "norm2.": "norm2."}
+GAMMAS = {"attn.proj.": "ls1.gamma", "mlp.fc2.": "ls2.gamma"}
 
 
-def vit(state: dict[str, Tensor], image: np.ndarray, heads: int = 6) -> list[np.ndarray]:
-    """One image [3, H, W] to four maps [A, h, w], in numpy, head by head."""
-    s = {k: v.double().numpy() for k, v in state.items()}
-    h, w, width = image.shape[1] // 14, image.shape[2] // 14, s["cls_token"].shape[-1]
-    kernel, tokens = s["patch_embed.proj.weight"], [s["cls_token"][0, 0]]
-    for i in range(h):
-        for j in range(w):
-            patch = image[:, 14 * i : 14 * i + 14, 14 * j : 14 * j + 14]
-            tokens.append((kernel * patch).sum((1, 2, 3)) + s["patch_embed.proj.bias"])
-    x, maps, d = np.stack(tokens) + positions(state["pos_embed"], h, w), [], width // heads
+def vit(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """Images [B, 3, H, W] to four maps, by torch's own layers: LayerScale is in their weights."""
+    s = {k: v.double() for k, v in state.items()}
+    b, _, height, width = x.shape
+    h, w = height // 14, width // 14
+    patches = x.reshape(b, 3, h, 14, w, 14).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, -1)
+    patches = patches @ s["patch_embed.proj.weight"].flatten(1).T + s["patch_embed.proj.bias"]
+    x = torch.cat([s["cls_token"].expand(b, 1, -1), patches], 1)
+    x, maps = x + positions(state["pos_embed"], h, w), []
+    last = (s["norm.weight"].shape, s["norm.weight"], s["norm.bias"], 1e-6)
     for k in range(12):
-        b = {n.removeprefix(f"blocks.{k}."): v for n, v in s.items() if f"blocks.{k}." in n}
-        y = norm(x, b["norm1.weight"], b["norm1.bias"])
-        qkv = y @ b["attn.qkv.weight"].T + b["attn.qkv.bias"]
-        out = []
-        for n in range(heads):
-            q, key, v = (qkv[:, m * width + n * d : m * width + (n + 1) * d] for m in range(3))
-            e = np.exp(q @ key.T / math.sqrt(d))
-            out.append(e / e.sum(1, keepdims=True) @ v)
-        y = np.concatenate(out, 1) @ b["attn.proj.weight"].T + b["attn.proj.bias"]
-        x = x + b["ls1.gamma"] * y
-        y = norm(x, b["norm2.weight"], b["norm2.bias"])
-        y = y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]
-        y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
-        x = x + b["ls2.gamma"] * (y @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"])
+        layer = nn.TransformerEncoderLayer(384, 6, 1536, 0, "gelu", 1e-6, True, True).double()
+        own = {}
+        for theirs, ours in LAYERS.items():
+            gamma = s[f"blocks.{k}.{GAMMAS[ours]}"] if ours in GAMMAS else torch.ones(1).double()
+            weight = s[f"blocks.{k}.{ours}weight"]
+            own[f"{theirs}weight"] = weight * gamma.view(-1, *[1] * (weight.dim() - 1))
+            own[f"{theirs}bias"] = s[f"blocks.{k}.{ours}bias"] * gamma
+        layer.load_state_dict(own)
+        x = layer(x)
         if k in (2, 5, 8, 11):
-            maps.append(norm(x, s["norm.weight"], s["norm.bias"])[1:].T.reshape(width, h, w))
+            maps.append(F.layer_norm(x, *last)[:, 1:].transpose(1, 2).reshape(b, 384, h, w))
     return maps
 
 
@@ -268,12 +256,10 @@ def test_dinov2_forward(vits: nn.Module):
     torch.manual_seed(2)
     x = torch.randn(2, 3, 28, 42)
     with torch.no_grad():
-        found = vits.backbone(x)
-    for b in range(2):
-        mine = vit(vits.backbone.state_dict(), x[b].double().numpy())
-        for ours, theirs in zip(found, mine, strict=True):
-            assert np.abs(theirs).max() > 1
-            np.testing.assert_allclose(ours[b].numpy(), theirs, rtol=1e-4, atol=5e-5)
+        mine = vit(vits.backbone.state_dict(), x.double())
+        for ours, theirs in zip(vits.backbone(x), mine, strict=True):
+            assert theirs.abs().max() > 1
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=5e-5)
 
 
 def dpt(d: nn.Module, maps: list[Tensor]) -> Tensor:
@@ -376,8 +362,8 @@ def test_a_file_of_others_is_looked_through(how: str, save):
     net = build_network(name, 4)
     head = copy.deepcopy(net.classifier.weight)
     line = load_weights(net, name, save(FOREIGN[how](state)))
-    counts = {"resnet18": "120 keys matched, 0 missing, 2", "mobilenet_v2": "306 keys matched, 0 missing, 6"}
-    assert counts.get(name, "175 keys matched, 0 missing, 0") + " unexpected" in line
+    counts = {"resnet18": (120, 2), "mobilenet_v2": (306, 6), "dinov2_vits14": (175, 0)}[name]
+    assert "{} keys matched, 0 missing, {} unexpected".format(*counts) in line
     for key, value in net.backbone.state_dict().items():
         assert torch.equal(value, state["features." * (name == "mobilenet_v2") + key]), key
     assert torch.equal(net.classifier.weight, head)
