@@ -392,7 +392,7 @@ def find_backbone(found: dict, own: dict[str, Tensor]) -> dict[str, Tensor]:
     for state in dicts:
         dicts += [value for value in state.values() if isinstance(value, dict)]
         named = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        prefixes = {k.removesuffix(first) for k in named if k.endswith(first)} or {""}
+        prefixes = {k.removesuffix(first) for k in named if k.endswith(first)} | {""}
         for prefix in sorted(prefixes):
             part = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
             parts.append(part)
