@@ -390,7 +390,8 @@ def find_backbone(found: dict, own: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = []
     dicts = [found]
     for state in dicts:
-        dicts += [value for value in state.values() if isinstance(value, dict)]
+        inner = [value for value in state.values() if isinstance(value, dict)]
+        dicts += [value for value in inner if all(value is not seen for seen in dicts)]
         named = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
         prefixes = {k.removesuffix(first) for k in named if k.endswith(first)} | {""}
         for prefix in sorted(prefixes):
@@ -630,6 +631,9 @@ def test(args: argparse.Namespace, device: torch.device) -> None:
     An unreadable picture of --predict is named, and the exit status then is 1.
     """
     net, classes, _ = load_best(args.test_only, device)
+    if net.config["backbone"] in DINOV2 and args.crop_size % PATCH:
+        what = f"{args.test_only} holds a DINOv2; give a multiple of {PATCH}"
+        raise InputError(f"--crop-size {args.crop_size}: {what}")
     if rank_world()[0] > 0:
         return
     items = list_pictures(args) if args.predict else list_val(args, classes)
