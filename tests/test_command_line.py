@@ -180,6 +180,11 @@ def best_pt(**changes: object) -> dict:
     return saved | dict(dataset="folder", step=1, miou=1.0) | changes
 
 
+def vit_pt() -> dict:
+    net = common.build_network("dinov2_vits14", 3, decoder="dpt")
+    return best_pt(net=net.state_dict(), config=net.config)
+
+
 def resnet50() -> dict:
     return torchvision.models.resnet50(weights=None).state_dict()
 
@@ -227,6 +232,7 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "test a state dict": (put("best.pt", {"a": 1}), TEST, "best.pt | give"),
     "other classes": (put("best.pt", lambda: best_pt(classes=OTHER)), TEST, "best.pt | classes"),
     "unknown network": (put("best.pt", lambda: best_pt(config=VGG)), TEST, "best.pt | vgg"),
+    "windows off the patches": (put("best.pt", vit_pt), TEST + " --crop-size 64", "multiple of 14"),
     "strange config": (put("best.pt", lambda: best_pt(config=[1])), TEST, "best.pt | give"),
     "strange data set": (put("best.pt", {"dataset": ["x"]}), TEST, "best.pt | give"),
     "predictions of a run": (nothing, "--save-predictions {tmp}/p", "--save-predictions | CKPT"),

@@ -395,6 +395,8 @@ def deep_stem() -> dict[str, Tensor]:
     return state
 
 
+LOOP: dict = {}
+LOOP["x"] = LOOP
 REFUSED = {  # backbone, file, what the line says
     "deep stem": ("resnet50", deep_stem, "5 missing.*conv1.weight"),
     "deep stem under the old name": (
@@ -407,6 +409,7 @@ REFUSED = {  # backbone, file, what the line says
     "a larger network": ("resnet18", lambda: torchvisions("resnet34"), r"0 missing.*layer1\.2"),
     "another kind": ("mobilenet_v2", lambda: torchvisions("resnet18"), "0 keys matched"),
     "no tensors": ("resnet18", lambda: dict.fromkeys(torchvisions("resnet18"), 0), "0 keys"),
+    "a dict that holds itself": ("resnet18", lambda: LOOP, "0 keys matched"),
     "a ViT without a block": (
         "dinov2_vits14",
         lambda: {k: v for k, v in vits_file().items() if "blocks.7." not in k},
