@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def write_fork(folder: Path) -> Path:
+def write_fork(folder: Path) -> None:
     """mine.py: speed.py with a flag, a function and a term in the sum, all three the README's."""
     block = re.search(r"three edits:\n\n((?: {4}.*\n|\n)+)", README)[1]
     flag, function, total = re.split(r"^ {4}# \d\..*\n", block, flags=re.M)[1:]
@@ -33,11 +33,10 @@ def write_fork(folder: Path) -> Path:
     for name in ("common.py", "data.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "mine.py").write_text(code, encoding="utf-8")
-    return folder / "mine.py"
 
 
 def test_a_fork_by_the_readmes_edits_trains_and_goes_on(tmp_path):
-    fork = write_fork(tmp_path)
+    write_fork(tmp_path)
     command = [sys.executable, "mine.py", *"--dataset shapes --iters 4 --crop-size 33".split()]
     command += "--batch-size 2 --gamma 0.5 --threshold 0 --ramp 0 --save-every 2".split()
     command += "--log-every 1 --workers 0".split()
@@ -64,8 +63,3 @@ def test_a_fork_by_the_readmes_edits_trains_and_goes_on(tmp_path):
         terms = x["L_x"] + x["L_u"] + x["L_feat"] + x["L_logit"] + 0.5 * x["L_ent"]
         assert x["loss"] == pytest.approx(terms / 2, rel=1e-4)
         assert x["L_ent"] > 0.01
-
-    fork.write_text(fork.read_text().replace("alpha * loss_feat", "alpha * 2 * loss_feat"))
-    edited = subprocess.run(command, capture_output=True, **how)
-    assert edited.returncode == 2
-    assert re.match(r"error: runs/mine.*mine\.py.*edited.*--resume-edited", edited.stderr)
