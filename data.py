@@ -724,6 +724,8 @@ def _calm(_worker: int) -> None:
 
 def _end_workers() -> None:
     # Python ends its children by SIGTERM and would wait for ever for these, which ignore it
+    if hasattr(signal, "SIGCHLD"):  # else torch reports their death as an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
