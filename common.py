@@ -363,9 +363,11 @@ def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | N
         return f"{name}: random weights"
     found = download_weights(name) if weights == "imagenet" else load_checkpoint(Path(weights))
     if classes and found.get("classes") == classes and found.get("config") == net.config:
-        with contextlib.suppress(KeyError, RuntimeError):  # else its backbone, or say what is wrong
+        try:
             net.load_state_dict(found["net"])
-            return f"{name}: weights {weights}: the whole network of step {found.get('step')}"
+        except (KeyError, RuntimeError) as e:
+            raise InputError(f"{weights}: a broken best.pt ({str(e).splitlines()[0]})") from None
+        return f"{name}: weights {weights}: the whole network of step {found.get('step')}"
     own = net.backbone.state_dict()
     state = find_backbone(found, own)
     same = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
