@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -20,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from networks import build_network
+from common import build_network
+
+F64 = dict(rtol=1e-10, atol=1e-13)
+
+
+def draw(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
+    """Normal numbers in float64."""
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape) * scale)
+
 
 # -------------------------------------------------------------------------------------- ranks
 
@@ -56,6 +65,7 @@ def run_main(script: ModuleType, argv: list[str], out: Path) -> tuple[list[dict]
     try:
         script.main([*argv, "--out", str(out)])
     finally:
+        signal.set_wakeup_fd(-1)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -66,10 +76,8 @@ def run_main(script: ModuleType, argv: list[str], out: Path) -> tuple[list[dict]
 
 def batches_of(args: object) -> list[dict]:
     """The batches of a run: data.py has tests of its own."""
-    source = data.load_source(args.dataset, args.root)
-    split = data.make_split(source, args.split, args.split_seed, args.protocol)
-    cpu = torch.device("cpu")
-    return list(data.train_batches(data.TrainBatches(split, args), 0, 0, cpu))
+    split = data.load_split(args)
+    return list(data.train_batches(split, args, 0, 1, 0, torch.device("cpu")))
 
 
 def find_seed(args: object, boxes: bool = True, seeds: Iterable[int] = range(100)) -> list[dict]:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    F64,
     TINY,
     assert_same_update,
     between,
     ce_sum,
+    draw,
     find_seed,
     kl_sum,
     look,
@@ -29,12 +31,6 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import speed
-
-F64 = dict(rtol=1e-10, atol=1e-13)
-
-
-def draw(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape) * scale)
 
 
 def edges(size: int, n: int) -> list[tuple[int, int]]:
@@ -113,9 +109,9 @@ def test_cutmix_pastes_the_partners_box(kind: str):
 
 @pytest.mark.parametrize("case", PADDINGS)
 @pytest.mark.parametrize(("h", "w", "n"), [(8, 8, 4), (13, 9, 4), (11, 7, 3), (5, 6, 1), (3, 9, 4)])
-def test_cell_entropy(case: str, h: int, w: int, n: int):
+def test_entropy_of_cells(case: str, h: int, w: int, n: int):
     z, valid = draw(3, 5, h, w), padded(case, 3, h, w)
-    found = speed.cell_entropy(z, valid, n)
+    found = speed.cell_mean(speed.entropy(z), valid, n)
     assert found.shape == (3, n, n)
     for b in range(3):
         for i, (top, bottom) in enumerate(edges(h, n)):
@@ -136,18 +132,18 @@ def test_cell_entropy(case: str, h: int, w: int, n: int):
 def test_entropy_of_certain_and_of_even_predictions():
     z = torch.zeros(1, 7, 4, 4, dtype=torch.float64)
     z[:, 2, :, :2] = 1000.0
-    h = speed.cell_entropy(z, torch.ones(1, 4, 4, dtype=torch.bool), 2)[0].tolist()
-    assert h == [[0.0, pytest.approx(math.log(7))], [0.0, pytest.approx(math.log(7))]]
+    even = pytest.approx(math.log(7))
+    assert speed.entropy(z)[0].tolist() == [[0.0, 0.0, even, even]] * 4
 
 
 @pytest.mark.parametrize(
     ("h", "w", "n"), [(12, 8, 4), (13, 9, 4), (7, 11, 5), (3, 9, 4), (6, 5, 1)]
 )
 def test_cells(h: int, w: int, n: int):
-    """cell_sum and cells_to agree with the floor edges, and so with each other."""
+    """cell_sum and cells_to_pixels have the floor edges, and so fit each other."""
     t = torch.from_numpy(np.random.default_rng(0).integers(0, 1000, (2, h, w)))
     cells = torch.from_numpy(np.random.default_rng(1).random((2, n, n)) < 0.5)
-    sums, spread = speed.cell_sum(t, n), speed.cells_to(cells, t.shape[-2:])
+    sums, spread = speed.cell_sum(t, n), speed.cells_to_pixels(cells, h, w)
     mine = torch.zeros(2, h, w, dtype=torch.bool)
     for i, (top, bottom) in enumerate(edges(h, n)):
         for j, (left, right) in enumerate(edges(w, n)):
@@ -158,63 +154,32 @@ def test_cells(h: int, w: int, n: int):
     assert torch.equal(spread, mine)
 
 
-def test_pick_view_takes_the_view_of_higher_or_lower_entropy():
+def test_pick_view_takes_the_view_of_higher_or_lower_entropy_or_the_coins():
     r = np.random.default_rng(0)
-    h1, h2 = (torch.from_numpy(r.random((3, 4, 4))) for _ in range(2))
+    h1, h2, coin = (torch.from_numpy(r.random((3, 4, 4))) for _ in range(3))
     higher, lower = speed.pick_view(h1, h2, "max"), speed.pick_view(h1, h2, "min")
+    tossed = speed.pick_view(h1, h2, "random", coin)
     for place in np.ndindex(3, 4, 4):
         second_is_higher = h2[place].item() > h1[place].item()
         assert higher[place].item() is second_is_higher
         assert lower[place].item() is not second_is_higher
+        assert tossed[place].item() is (coin[place].item() < 0.5)
 
 
-@pytest.mark.parametrize("pick", ["max", "min"])
+@pytest.mark.parametrize("pick", ["max", "min", "random"])
 def test_a_cell_of_padding_never_wins(pick: str):
-    """Cells from cell_entropy itself: empty in view 1, in view 2, in both, in none."""
-    z = draw(1, 3, 4, 4)
-    one, two = torch.ones(1, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4, dtype=torch.bool)
+    """Cells that are empty in view 1, in view 2, in both, in none."""
+    one, two = torch.ones(2, 1, 4, 4, dtype=torch.bool)
     one[:, :2, :2] = one[:, 2:, :2] = False
     two[:, :2, 2:] = two[:, 2:, :2] = False
-    h1, h2 = speed.cell_entropy(z, one, 2), speed.cell_entropy(draw(1, 3, 4, 4, seed=1), two, 2)
-    second = speed.pick_view(h1, h2, pick)
-    assert second[0, 0, 0], "view 1 has no image here"
-    assert not second[0, 0, 1], "view 2 has no image here"
-
-
-# ----------------------------------------------------------------------------- the mixed image
-
-
-def test_targets_follow_the_mixed_pixels():
-    """Pixels say where they are from; reading it back, each target is of the pixel's own source."""
-    b, h, w = 4, 12, 11
-    number = torch.arange(b)[:, None, None] * 10_000  # image, row, column of a weak view's pixel
-    source = number + torch.arange(h)[:, None] * 100 + torch.arange(w)
-    u1, u2 = (torch.stack([source, torch.full_like(source, v)], 1) for v in (1, 2))
-    r = np.random.default_rng(0)
-    boxes = []
-    for _ in range(2):
-        corners = [np.sort(r.integers(0, s + 1, (b, 2)), 1) for s in (h, w)]
-        boxes.append(torch.from_numpy(np.stack([c[:, k] for k in (0, 1) for c in corners], 1)))
-    box1, box2 = (inside(x, h, w) for x in boxes)
-    cells = torch.from_numpy(r.random((b, 4, 4)) < 0.5)
-    m, box_m = speed.mixed_image(u1, u2, box1, box2, speed.cells_to(cells, (h, w)))
-    seen = set()
-    for k in range(b):
-        for i, (top, bottom) in enumerate(edges(h, 4)):
-            for j, (left, right) in enumerate(edges(w, 4)):
-                view = 2 if cells[k, i, j] else 1
-                for y in range(top, bottom):
-                    for x in range(left, right):
-                        y1, x1, y2, x2 = boxes[view - 1][k].tolist()
-                        theirs = y1 <= y < y2 and x1 <= x < x2
-                        who = partners(b)[k] if theirs else k
-                        assert m[k, :, y, x].tolist() == [who * 10_000 + y * 100 + x, view]
-                        seen.add((view, theirs))
-    assert len(seen) == 4, "a case is missing"
-    # targets of all kinds, cut with box_m: source of the pixel, whatever the view
-    assert torch.equal(speed.cutmix(source, box_m), m[:, 0])
-    logits = torch.stack([source, -source], 1).float()
-    assert torch.equal(speed.cutmix(logits, box_m), torch.stack([m[:, 0], -m[:, 0]], 1).float())
+    h1, h2 = (
+        speed.cell_mean(speed.entropy(draw(1, 3, 4, 4, seed=k)), v, 2)
+        for k, v in enumerate((one, two))
+    )
+    for coin in (0.0, 0.9):  # the second view, the first
+        second = speed.pick_view(h1, h2, pick, torch.full((1, 2, 2), coin))
+        assert second[0, 0, 0], "view 1 has no image here"
+        assert not second[0, 0, 1], "view 2 has no image here"
 
 
 # -------------------------------------------------------------------------------------- losses
