@@ -4,6 +4,7 @@ The restatements are written from the notes, with loops, lists of pixels and exp
 none is copied from the code under test. A "pixel list" is [P, C]: one row for each pixel kept.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -95,6 +96,49 @@ def find_seed(args: object, boxes: bool = True, seeds: Iterable[int] = range(100
 def network(name: str) -> nn.Module:
     """A network for 6 classes in the memory layout of a run, whose rounding it then shares."""
     return build_network(name, 6).place(torch.device("cpu"))
+
+
+class Tiny(nn.Module):
+    """A network of two layers with what the steps ask of one; f is the last map, of stride 4."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.backbone = nn.Conv2d(3, width, 3, stride=4, padding=1)
+        self.backbone.channels = (width, width)
+        self.classifier = nn.Conv2d(width, 4, 1)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        f = self.backbone(x).relu()
+        return self.classifier(f), f, f
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        z, f, deep = self.parts(x)
+        z = bilinear(z, x.shape[-2:])
+        return (z, f, deep) if features else z
+
+
+NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
+
+
+def tiny_batch() -> dict:
+    """Two labelled and two unlabelled images of 32 x 32, four classes, no padding, two boxes."""
+    every = torch.ones(2, 32, 32, dtype=torch.bool)
+    batch = dict(x=torch.rand(2, 3, 32, 32), u=torch.rand(2, 3, 32, 32), order=[0, 1, 2, 3])
+    batch |= dict(y=torch.randint(0, 4, (2, 32, 32)), x_valid=every, u_valid=every)
+    batch |= dict(box=torch.tensor([[[0, 0, 20, 20], [8, 8, 30, 31]]] * 2))
+    batch["strong"] = torch.tensor([1.3, 0.7, 1.2, 0.1, 0.0, 0.8]).repeat(2, 2, 1)
+    return batch | dict(step=0, positions=[0, 1])
+
+
+def learners(loss: Tensor, modules: dict[str, nn.Module]) -> set[str]:
+    """The modules that a loss moves; `loss` may be used again."""
+    found = set()
+    for name, module in modules.items():
+        weights = list(module.parameters())
+        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        if any(g is not None and g.any() for g in grads):
+            found.add(name)
+    return found
 
 
 def look(net: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -2,18 +2,23 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    F64,
+    NO_AMP,
     TINY,
+    Tiny,
     assert_same_update,
-    batches_of,
     between,
     bilinear,
     ce_sum,
+    draw,
     find_seed,
+    learners,
     look,
     nearest,
     network,
@@ -23,17 +28,12 @@ from helpers import (
     split_parameters,
     standardized,
     supervised,
+    tiny_batch,
 )
 from torch import Tensor, nn
 
 import data
 import mkd
-
-F64 = dict(rtol=1e-10, atol=1e-13)
-
-
-def draw(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape) * scale)
 
 
 def drawn_labels(*shape: int, classes: int, seed: int = 0, ignored: float = 0.2) -> Tensor:
@@ -121,9 +121,9 @@ def test_ema_above_one_half_takes_a_while_and_one_never_arrives():
 
 
 @pytest.mark.parametrize("crop", [48, 321])
-def test_mix_boxes_are_the_notes(crop: int):
+def test_boxes_are_the_notes(crop: int):
     """p ~ U(.25, .5), h in [p, 1], w = p / h; both times sqrt(1/3); anywhere inside the crop."""
-    boxes = np.array([mkd.mix_boxes(crop, np.random.default_rng(k)) for k in range(800)])
+    boxes = np.array([mkd.draw_boxes(crop, np.random.default_rng(k)) for k in range(800)])
     assert boxes.shape == (800, 3, 4)
     assert boxes.min() >= 0
     assert boxes.max() <= crop
@@ -147,9 +147,9 @@ def test_mix_boxes_are_the_notes(crop: int):
     assert len({tuple(b) for b in boxes[0]}) == 3, "three boxes, not one thrice"
 
 
-def test_mix_boxes_depend_on_the_generator_alone():
-    twice = [mkd.mix_boxes(64, np.random.default_rng(5)) for _ in range(2)]
-    assert twice[0] == twice[1] != mkd.mix_boxes(64, np.random.default_rng(6))
+def test_boxes_depend_on_the_generator_alone():
+    twice = [mkd.draw_boxes(64, np.random.default_rng(5)) for _ in range(2)]
+    assert twice[0] == twice[1] != mkd.draw_boxes(64, np.random.default_rng(6))
 
 
 def xored(boxes: Tensor, crop: int) -> Tensor:
@@ -178,7 +178,7 @@ def test_mix_mask_is_the_xor_of_three_boxes():
 
 def test_mean_coverage_is_about_a_quarter():
     r = np.random.default_rng(0)
-    boxes = torch.tensor([mkd.mix_boxes(64, r) for _ in range(2000)])
+    boxes = torch.tensor([mkd.draw_boxes(64, r) for _ in range(2000)])
     m = mkd.mix_mask(boxes, 64).float().mean((1, 2))
     assert m.mean() == pytest.approx(0.25, abs=0.02)
     assert 0.05 < m.std() < 0.15
@@ -369,88 +369,82 @@ def test_gradient_of_the_augmented_ce():
 # ------------------------------------------------------------------------------ mutual losses
 
 
-def losses_by_hand(
-    z: list, t: list, keep: list, keep_s: list, valid: Tensor
-) -> tuple[float, float]:
-    """L_st and L_ss with every index written out."""
-    z1, z2 = z
-    t_s1, t_s2 = (a.argmax(1) for a in z)
-    t_t1, t_t2 = t
-    n = max(int(valid.sum()), 1)
-    st = ce_sum(z1, t_t2, valid & keep[1]) / n + ce_sum(z2, t_t1, valid & keep[0]) / n
-    ss = ce_sum(z1, t_s2, valid & keep_s[1]) / n + ce_sum(z2, t_s1, valid & keep_s[0]) / n
-    return st.item(), ss.item()
+@pytest.mark.parametrize("case", ["some", "none kept", "nothing valid"])
+def test_pseudo_ce(case: str):
+    """The loss by loops; its gradient is (softmax - onehot) / valid pixels where it is kept."""
+    z, label = draw(2, 5, 4, 3).requires_grad_(), drawn_labels(2, 4, 3, classes=5, ignored=0)
+    keep, valid = draw(2, 4, 3, seed=5) > -1, draw(2, 4, 3, seed=9) > -1
+    keep, valid = keep & (case != "none kept"), valid & (case != "nothing valid")
+    n, total, gradient = max(int(valid.sum()), 1), 0.0, torch.zeros_like(z)
+    for b, i, j in np.ndindex(2, 4, 3):
+        if keep[b, i, j] and valid[b, i, j]:
+            e = z[b, :, i, j].detach().exp()
+            total -= math.log(e[label[b, i, j]] / e.sum())
+            gradient[b, :, i, j] = e / e.sum()
+            gradient[b, label[b, i, j], i, j] -= 1
+    loss = mkd.pseudo_ce(z.log_softmax(1), label, keep, valid)
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), total / n, **F64)
+    torch.testing.assert_close(z.grad, gradient / n, **F64)
+    assert (total == 0) == (case != "some")
 
 
-def mutual_case(seed: int = 0) -> tuple[list, list, list, list, Tensor]:
-    z = [draw(2, 5, 4, 3, seed=seed + k) for k in range(2)]
-    t = [drawn_labels(2, 4, 3, classes=5, seed=seed + k, ignored=0) for k in range(2)]
-    keep = [draw(2, 4, 3, seed=seed + 5 + k) > (-1, 1)[k] for k in range(2)]
-    keep_s = [draw(2, 4, 3, seed=seed + 7 + k) > (0.5, -0.5)[k] for k in range(2)]
-    return z, t, keep, keep_s, draw(2, 4, 3, seed=seed + 9) > -1
+def tiny_step(**changes: object) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """mkd_step, the second of ten, on tiny networks that all differ: the networks and the terms."""
+    torch.manual_seed(0)
+    nets = {name: Tiny(5) for name in ("student1", "student2", "teacher1", "teacher2")}
+    stats = nn.ModuleDict({name: mkd.ClassStatistics(4, 5) for name in nets})
+    flags = dict(crop_size=32, seed=0, iters=10, ema=1.0, teacher_mode="train", keep_padding=False)
+    flags |= dict(sup_loss="ce", ohem_share=0.1, ohem_least=1, lambda0=1.5, fa="all")
+    flags |= dict(lambda_st=1.5, lambda_ss=1.0, threshold=0.0, threshold_ss=0.0)
+    args = SimpleNamespace(**(flags | changes))
+    model = mkd.Students(nets["student1"], nets["student2"])
+    batch = tiny_batch() | dict(step=1)
+    return nets, mkd.mkd_step(args, nets, stats, model, NO_AMP, batch, 1.0)
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["some", "all", "no confident teacher", "no confident student", "nothing valid", "one class"],
-)
-def test_mutual_losses(case: str):
-    z, t, keep, keep_s, valid = mutual_case()
-    if case == "one class":
-        t = [torch.full_like(a, 2) for a in t]
-    if case in ("all", "no confident teacher"):
-        keep = [torch.full_like(k, case == "all") for k in keep]
-    if case in ("all", "no confident student"):
-        keep_s = [torch.full_like(k, case == "all") for k in keep_s]
-    if case in ("all", "nothing valid"):
-        valid = torch.full_like(valid, case == "all")
-    found = [a.item() for a in mkd.mutual_losses(z, t, keep, keep_s, valid)]
-    np.testing.assert_allclose(found, losses_by_hand(z, t, keep, keep_s, valid), **F64)
-    assert (found[0] == 0) == (case in ("no confident teacher", "nothing valid"))
-    assert (found[1] == 0) == (case in ("no confident student", "nothing valid"))
+def test_gradients_flow_where_the_note_says():
+    nets, terms = tiny_step()
+    assert learners(terms["L_sup1"], nets) == {"student1"}
+    assert learners(terms["L_sup2"], nets) == {"student2"}
+    for name in ("L_st", "L_ss", "loss"):
+        assert learners(terms[name], nets) == {"student1", "student2"}, name
 
 
-def test_a_student_learns_from_the_others_teacher_and_from_the_other_student():
-    """What each network's targets reach: gradients and values, pair by pair."""
-    z, t, keep, keep_s, valid = mutual_case(seed=50)
-    keep, valid = [torch.ones_like(k) for k in keep], torch.ones_like(valid)
+@pytest.mark.parametrize("fa", ["all", "students", "none"])
+def test_who_teaches_whom(fa: str, monkeypatch):
+    """Each student learns labels of the other student and of the other student's teacher."""
+    calls, augmented, pseudo_ce, augmented_logits = [], {}, mkd.pseudo_ce, mkd.augmented_logits
 
-    def terms(z: list, t: list, keep: list) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """L_st, L_ss and the gradients of L_st on student 1 and 2."""
-        z = [a.clone().requires_grad_() for a in z]
-        st, ss = mkd.mutual_losses(z, t, keep, keep_s, valid)
-        return st.item(), ss.item(), *torch.autograd.grad(st, z)
+    def record(*given: Tensor) -> Tensor:
+        calls.append(given)
+        return pseudo_ce(*given)
 
-    st, ss, g1, g2 = terms(z, t, keep)
-    for which in (0, 1):
-        changed = list(t)
-        changed[which] = (t[which] + 1) % 5
-        st_new, ss_new, h1, h2 = terms(z, changed, keep)
-        assert st_new != st, "every teacher teaches"
-        assert ss_new == ss, "L_ss has no teacher in it"
-        mine, others = ((g1, h1), (g2, h2))[:: 1 if which == 0 else -1]
-        assert torch.equal(*mine), "a student learns from its own teacher"
-        assert not torch.equal(*others), "a student does not learn from the other's teacher"
-        doubtful = list(keep)
-        doubtful[which] = ~keep[which]
-        st_new, ss_new, h1, h2 = terms(z, t, doubtful)
-        assert ss_new == ss, "L_ss asks no teacher how sure it is"
-        mine, others = ((g1, h1), (g2, h2))[:: 1 if which == 0 else -1]
-        assert torch.equal(*mine)
-        assert not others[1].any(), "the confidence is of the teacher that gives the label"
+    def record_network(net: nn.Module, stats: nn.Module, z: Tensor, f: Tensor, *more: object):
+        # mixing and means commute with a 1x1 convolution: only the own weight makes z from f
+        torch.testing.assert_close(net.classifier(half(f)), z, rtol=1e-4, atol=1e-5)
+        augmented[net] = stats, augmented_logits(net, stats, z, f, *more)
+        return augmented[net][1]
 
-
-def test_student_targets_are_hard_detached_and_the_other_students():
-    """dL_ss/dz_1 = (softmax z_1 - onehot argmax z_2) / n: nothing through the targets."""
-    z, t, keep, keep_s, valid = mutual_case(seed=70)
-    z = [a.requires_grad_() for a in z]
-    ss = mkd.mutual_losses(z, t, keep, keep_s, valid)[1]
-    gradients = torch.autograd.grad(ss, z)
-    for g, own, other, sure in zip(gradients, z, z[::-1], keep_s[::-1], strict=True):
-        e = own.detach().exp()
-        onehot = torch.zeros_like(own).scatter_(1, other.argmax(1, keepdim=True), 1.0)
-        mine = (e / e.sum(1, keepdim=True) - onehot) / valid.sum() * (valid & sure)[:, None]
-        torch.testing.assert_close(g, mine.detach(), **F64)
+    monkeypatch.setattr(mkd, "pseudo_ce", record)
+    monkeypatch.setattr(mkd, "augmented_logits", record_network)
+    nets, terms = tiny_step(fa=fa)
+    assert set(augmented) == set(list(nets.values())[: {"all": 4, "students": 2, "none": 0}[fa]])
+    assert len({stats for stats, _ in augmented.values()}) == len(augmented), "statistics are shared"
+    if fa != "all":
+        return
+    labels = {name: augmented[net][1].argmax(1) for name, net in nets.items()}
+    pairs = []
+    for log_p, label, keep, valid in calls:
+        (learner,) = learners(log_p.sum(1).mean(), nets)
+        (teacher,) = (name for name, own in labels.items() if torch.equal(own, label))
+        pairs.append((learner, teacher))
+    assert pairs == [
+        ("student1", "teacher2"),
+        ("student2", "teacher1"),
+        ("student1", "student2"),
+        ("student2", "student1"),
+    ]
 
 
 # ---------------------------------------------------------------------- first steps recomputed
@@ -486,7 +480,7 @@ def first_steps(
         x, u, y = standardized(batch["x"]), standardized(batch["u"]), batch["y"]
         u1 = standardized(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
         r = [data.rng(args.seed, "mkd", step, p) for p in range(2)]
-        m = xored(torch.tensor([mkd.mix_boxes(args.crop_size, k) for k in r]), args.crop_size)
+        m = xored(torch.tensor([mkd.draw_boxes(args.crop_size, k) for k in r]), args.crop_size)
         valid = torch.cat([batch["x_valid"], mixed(batch["u_valid"], m)])
         valid = torch.ones_like(valid) if args.keep_padding else valid
 
@@ -578,40 +572,3 @@ def test_first_steps_recomputed(variant: str, tmp_path, monkeypatch):
         assert apart <= 0.05 * np.linalg.norm(var)
     assert best["net"].keys() == begin["student1"].keys()
     assert torch.equal(best["net"]["classifier.weight"], latest["student1"]["classifier.weight"])
-
-
-def test_each_network_is_augmented_by_its_own_weight_and_statistics(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHAPES_VAL", 2)
-    original, calls = mkd.augment_network, []
-
-    def record(net: nn.Module, stats: nn.Module, z: Tensor, f: Tensor, known: tuple) -> Tensor:
-        # mixing and means commute with a 1x1 convolution: only the own weight makes z from f
-        with torch.no_grad():
-            calls.append((net, stats, (net.classifier(half(f)) - z).abs().max().item()))
-        return original(net, stats, z, f, known)
-
-    monkeypatch.setattr(mkd, "augment_network", record)
-    run_main(mkd, [*TINY, *"--fa all --teacher-mode train --lr 0.1".split()], tmp_path)
-    first, second = calls[:4], calls[4:]
-    assert len({id(net) for net, *_ in first}) == len({id(stats) for _, stats, _ in first}) == 4
-    assert [c[:2] for c in second] == [c[:2] for c in first]
-    assert all(apart < 1e-3 for *_, apart in calls), [c[2] for c in calls]
-    weights = [net.classifier.weight.detach() for net, *_ in first]
-    apart = [(a - b).abs().max().item() for k, a in enumerate(weights) for b in weights[:k]]
-    assert min(apart) > 1e-2, "networks too close for this to tell"
-
-
-def test_labeled_only_trains_student_1(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHAPES_VAL", 2)
-    argv = [*TINY, "--labeled-only", "--iters", "1"]
-    args = mkd.parse_args(argv)
-    torch.manual_seed(args.seed)
-    net = network(args.backbone)
-    begin, batch = copy.deepcopy(net.state_dict()), batches_of(args)[0]
-    loss = supervised(look(net, standardized(batch["x"]))["z"], batch["y"])
-    loss.backward()
-    backbone, head = split_parameters(net)
-    sgd(args, [(backbone, 1), (head, args.head_lr_mult)], 0, None)
-    lines, latest, _ = run_main(mkd, argv, tmp_path)
-    assert lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert_same_update(begin, net.state_dict(), latest["student1"])
