@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
@@ -41,10 +42,11 @@ from data import COUNT, POSITIVE, SHARE, STEPS, WEIGHT, InputError
 
 CNNS = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 DINOV2 = {"dinov2_vits14": (384, 6), "dinov2_vitb14": (768, 12)}  # width, attention heads
+DPT_WIDTHS = {384: ((48, 96, 192, 384), 64), 768: ((96, 192, 384, 768), 128)}  # maps, features
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}_pretrain.pth"
 BACKBONES = (*CNNS, *DINOV2)
 
-# ------------------------------------------------------------------------------- CNN backbones
+# --------------------------------------------------------------------------- CNN backbones
 
 
 class CNN(nn.Sequential):
@@ -53,23 +55,26 @@ class CNN(nn.Sequential):
     forward: image [B, 3, H, W] to the stride-4 map and the last map (stride 16 or 8).
     """
 
-    grid, patch = 16, 1  # evaluation pads images to multiples of grid, crops are multiples of patch
+    grid = 16  # evaluation pads images to the crop modulo this
+    patch = 1  # crops are multiples of this
 
     def __init__(self, name: str, output_stride: int) -> None:
         net = getattr(models, name)(weights=None)
         if name == "mobilenet_v2":  # without the last 1x1 to 1280 channels, a classifier's input
-            stages, self_low = list(net.features[:18].named_children()), "3"
-            stride_16, stride_32 = map(str, range(7, 14)), map(str, range(14, 18))
+            stages = list(net.features[:18].named_children())
+            low, stride_16, stride_32 = "3", range(7, 14), range(14, 18)
             channels = (24, 320)
-        else:
-            stages, self_low = list(net.named_children())[:-2], "layer1"  # no pooling, classifier
-            stride_16, stride_32 = ["layer3"], ["layer4"]
+        else:  # without pooling and classifier
+            stages = list(net.named_children())[:-2]
+            low, stride_16, stride_32 = "layer1", ["layer3"], ["layer4"]
             channels = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
         super().__init__(OrderedDict(stages))
-        self.low, self.channels = self_low, channels
+        self.low = low
+        self.channels = channels
         for stride, names in ((16, stride_16), (32, stride_32)):
             if stride > output_stride:
-                _dilate([self.get_submodule(n) for n in names], stride // output_stride)
+                for stage in names:
+                    _dilate(self.get_submodule(str(stage)), stride // output_stride)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         for name, stage in self.named_children():
@@ -79,36 +84,22 @@ class CNN(nn.Sequential):
         return [low, x]
 
 
-def _dilate(stages: list[nn.Module], dilation: int) -> None:
-    """Stages that would halve the resolution keep it: stride 1, 3x3 kernels spread by `dilation`.
+def _dilate(stage: nn.Module, dilation: int) -> None:
+    """A stage that would halve the resolution keeps it: stride 1, 3x3 kernels spread by `dilation`.
 
     The convolution that had the stride keeps the spread before it, as in torchvision's ResNets.
     """
-    for conv in (m for stage in stages for m in stage.modules() if isinstance(m, nn.Conv2d)):
+    for conv in (m for m in stage.modules() if isinstance(m, nn.Conv2d)):
         spread = dilation // 2 if conv.stride == (2, 2) else dilation
         conv.stride = (1, 1)
         if conv.kernel_size == (3, 3):
             conv.dilation = conv.padding = (spread, spread)
 
 
-def _conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
 # ------------------------------------------------------------------ DINOv2 (Oquab et al., 2023)
 
 PATCH, TABLE, DEPTH = 14, 37, 12  # pixels, the position table's side, blocks
 TAKEN = (2, 5, 8, 11)  # blocks whose maps are returned
-
-
-class LayerScale(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
 
 
 class Attention(nn.Module):
@@ -125,36 +116,22 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(b, n, width))
 
 
-class MLP(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
-    """x + scale attention(norm x), then x + scale mlp(norm x)."""
+    """x + gamma1 attention(norm x), then x + gamma2 mlp(norm x)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn, self.mlp = Attention(width, heads), MLP(width)
-        self.ls1, self.ls2 = LayerScale(width), LayerScale(width)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        mlp = dict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(OrderedDict(mlp))
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, PATCH, PATCH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        x = x + self.ls1["gamma"] * self.attn(self.norm1(x))
+        return x + self.ls2["gamma"] * self.mlp(self.norm2(x))
 
 
 class DINOv2(nn.Module):
@@ -170,37 +147,30 @@ class DINOv2(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TABLE**2, width))
         # in the published file, used by DINOv2's own training alone
         self.mask_token = nn.Parameter(torch.zeros(1, width), requires_grad=False)
-        self.patch_embed = PatchEmbed(width)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, PATCH, PATCH)))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        for weight in (
-            self.pos_embed,
-            *(m.weight for m in self.modules() if isinstance(m, nn.Linear)),
-        ):
-            nn.init.trunc_normal_(weight, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
     def positions(self, h: int, w: int) -> Tensor:
         """Positions of h x w patches, [1, 1 + h w, width]: bicubic but for the class token's."""
         if (h, w) == (TABLE, TABLE):
             return self.pos_embed
-        table = self.pos_embed[:, 1:].view(1, TABLE, TABLE, -1).permute(0, 3, 1, 2)
-        scale = (
-            (h + 0.1) / TABLE,
-            (w + 0.1) / TABLE,
-        )  # published so: the 0.1 keeps the size from rounding down
-        table = F.interpolate(table.float(), scale_factor=scale, mode="bicubic", antialias=False)
-        return torch.cat(
-            [self.pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)], 1
-        )
+        table = self.pos_embed[:, 1:].view(1, TABLE, TABLE, -1).permute(0, 3, 1, 2).float()
+        scale = ((h + 0.1) / TABLE, (w + 0.1) / TABLE)  # as published: never rounded down
+        table = F.interpolate(table, scale_factor=scale, mode="bicubic", antialias=False)
+        table = table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], table], 1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        h, w = (s // PATCH for s in x.shape[-2:])
-        x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1) + self.positions(
-            h, w
-        )
+        h = x.shape[-2] // PATCH
+        w = x.shape[-1] // PATCH
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # [B, h w, width]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        x = x + self.positions(h, w)
         maps = []
         for k, block in enumerate(self.blocks):
             x = block(x)
@@ -215,7 +185,8 @@ class DINOv2(nn.Module):
 class ResidualConvUnit(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(self.conv1(x.relu()).relu())
@@ -226,7 +197,8 @@ class Fusion(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.skip, self.refine = ResidualConvUnit(width), ResidualConvUnit(width)
+        self.skip = ResidualConvUnit(width)
+        self.refine = ResidualConvUnit(width)
         self.out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
@@ -236,21 +208,16 @@ class Fusion(nn.Module):
 
 
 class DPTDecoder(nn.Module):
-    """Four maps [B, width, h, w] to a feature [B, 64, 8h, 8w], the input of the classifier."""
+    """Four maps [B, width, h, w] to the classifier's input [B, features, 8h, 8w]."""
 
-    def __init__(
-        self, width: int, steps: tuple[int, ...] = (48, 96, 192, 384), features: int = 64
-    ) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
+        steps, features = DPT_WIDTHS[width]
         self.project = nn.ModuleList(nn.Conv2d(width, s, 1) for s in steps)
-        self.resize = nn.ModuleList(
-            (
-                nn.ConvTranspose2d(steps[0], steps[0], 4, 4),
-                nn.ConvTranspose2d(steps[1], steps[1], 2, 2),
-                nn.Identity(),
-                nn.Conv2d(steps[3], steps[3], 3, 2, 1),
-            )
-        )
+        up_4 = nn.ConvTranspose2d(steps[0], steps[0], 4, 4)
+        up_2 = nn.ConvTranspose2d(steps[1], steps[1], 2, 2)
+        down_2 = nn.Conv2d(steps[3], steps[3], 3, 2, 1)
+        self.resize = nn.ModuleList([up_4, up_2, nn.Identity(), down_2])
         self.reduce = nn.ModuleList(nn.Conv2d(s, features, 3, padding=1, bias=False) for s in steps)
         self.fuse = nn.ModuleList(Fusion(features) for _ in steps)
         # the deepest fusion has no skip; the published design counts its unit, and so do we
@@ -258,19 +225,23 @@ class DPTDecoder(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.ReLU())
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        layers = zip(maps, self.project, self.resize, self.reduce, strict=True)
-        skips = [reduce(resize(project(m))) for m, project, resize, reduce in layers]
-        sizes = [
-            tuple(2 * s for s in skips[0].shape[-2:]),
-            *(tuple(s.shape[-2:]) for s in skips[:3]),
-        ]
-        x = self.fuse[3](skips[3], None, sizes[3])
-        for k in (2, 1, 0):
-            x = self.fuse[k](x, skips[k], sizes[k])
-        return self.head(x)
+        skips = []
+        for k, features in enumerate(maps):
+            skips.append(self.reduce[k](self.resize[k](self.project[k](features))))
+        x = self.fuse[3](skips[3], None, skips[2].shape[-2:])
+        x = self.fuse[2](x, skips[2], skips[1].shape[-2:])
+        x = self.fuse[1](x, skips[1], skips[0].shape[-2:])
+        height, width = skips[0].shape[-2:]
+        return self.head(self.fuse[0](x, skips[0], (2 * height, 2 * width)))
 
 
 # -------------------------------------------------------------------------- segmentation networks
+
+
+def conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    """A convolution without bias that keeps the size, batch norm, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 def upsample(z: Tensor, size: tuple[int, int]) -> Tensor:
@@ -311,8 +282,8 @@ class Segmenter(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Every trained parameter that is not the backbone's."""
-        named = self.named_parameters()
-        return [p for n, p in named if not n.startswith("backbone.") and p.requires_grad]
+        heads = [part for name, part in self.named_children() if name != "backbone"]
+        return [p for part in heads for p in part.parameters() if p.requires_grad]
 
 
 class DeepLabV3Plus(Segmenter):
@@ -331,8 +302,8 @@ class DeepLabV3Plus(Segmenter):
         dilation = 1 if vit else 16 // output_stride
         self.aspp = ASPP(deep, [r * dilation for r in (6, 12, 18)], 256)
         self.aspp.project = self.aspp.project[:3]
-        self.reduce = _conv_bn_relu(low, 48, 1)
-        self.fuse = nn.Sequential(_conv_bn_relu(256 + 48, 256, 3), _conv_bn_relu(256, 256, 3))
+        self.reduce = conv_bn_relu(low, 48, 1)
+        self.fuse = nn.Sequential(conv_bn_relu(256 + 48, 256, 3), conv_bn_relu(256, 256, 3))
         self.classifier = nn.Conv2d(256, num_classes, 1)
 
     def decode(self, maps: list[Tensor]) -> Tensor:
@@ -342,14 +313,15 @@ class DeepLabV3Plus(Segmenter):
 
 
 class DPT(Segmenter):
-    """DINOv2 with the DPT decoder; f is [B, 64, 8h, 8w] for h x w patches."""
+    """DINOv2 with the DPT decoder; f is [B, 64, 8h, 8w] for h x w patches, 128 of ViT-B."""
 
     def __init__(self, backbone: str, num_classes: int) -> None:
         super().__init__()
         self.config = dict(backbone=backbone, num_classes=num_classes, decoder="dpt")
         self.backbone = DINOv2(backbone)
-        self.decode = DPTDecoder(self.backbone.channels[-1])
-        self.classifier = nn.Conv2d(64, num_classes, 1)
+        width = self.backbone.channels[-1]
+        self.decode = DPTDecoder(width)
+        self.classifier = nn.Conv2d(DPT_WIDTHS[width][1], num_classes, 1)
 
 
 def build_network(
@@ -370,34 +342,41 @@ def build_network(
 
 def load_checkpoint(path: Path) -> dict:
     """A dict of tensors and plain values, never code; InputError on anything else."""
+    # beside tensors, files hold flags and numbers: these types do nothing when they are read
+    scalar = np.float64(0).__reduce__()[0]
+    names = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace, np.dtype, *names, *kinds]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001 - the readers raise all kinds on broken bytes
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
-        raise InputError(f"{path}: no loadable checkpoint ({reason}); give another file") from None
+        kind = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(e))
+        reason = str(e).strip().splitlines() or [type(e).__name__]
+        why = f"holds a {kind[1]}" if kind else reason[0].split(". ")[0]
+        remedy = "give another file, or save its state_dict alone"
+        raise InputError(f"{path}: no loadable checkpoint ({why}); {remedy}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds a {type(found).__name__}, no state dict; give another")
     return found
 
 
-def load_weights(net: Segmenter, name: str, weights: str) -> str:
-    """Loads backbone weights: imagenet, none, or a file. Returns a line that counts the keys.
+def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | None = None) -> str:
+    """Loads imagenet, none, or a file. Returns a line that says what was loaded.
 
-    Looks through a wrapping {"net": ...} and the prefixes module., backbone., features.; leaves
-    classifier keys aside. InputError when a backbone key is missing or of another shape.
+    The whole network from a best.pt of ours with these `classes`; else the backbone, found in any
+    file that holds it, under whatever wrapping and prefix. InputError when a backbone key is
+    missing or of another shape.
     """
     if weights == "none":
         return f"{name}: random weights"
-    fetched = weights == "imagenet"
-    state = _download_weights(name) if fetched else load_checkpoint(Path(weights))
-    for wrap in ("state_dict", "model", "net"):
-        state = state[wrap] if isinstance(state.get(wrap), dict) else state
-    state = {k: v for k, v in state.items() if isinstance(k, str)}
-    for prefix in ("module.", "backbone.", "features."):
-        if any(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    found = _download_weights(name) if weights == "imagenet" else load_checkpoint(Path(weights))
+    if classes and found.get("classes") == classes and found.get("config") == net.config:
+        with contextlib.suppress(KeyError, RuntimeError):  # else its backbone, or say what is wrong
+            net.load_state_dict(found["net"])
+            return f"{name}: weights {weights}: the whole network of step {found.get('step')}"
     own = net.backbone.state_dict()
-    same = {k: v for k, v in state.items() if k in own and getattr(v, "shape", 0) == own[k].shape}
+    state = _find_backbone(found, own)
+    same = {k: v for k, v in state.items() if k in own and _shape(v) == own[k].shape}
     missing = [k for k in own if k not in same and not k.endswith("num_batches_tracked")]
     others = [k for k in state if k not in own]
     line = f"{name}: weights {weights}: {len(same)} keys matched, {len(missing)} missing"
@@ -406,32 +385,44 @@ def load_weights(net: Segmenter, name: str, weights: str) -> str:
     # a classifier's have other first names, and none is a bare tensor like a ViT's register_tokens
     wrong = missing + [k for k in others if "." not in k or k.split(".")[0] in stages]
     if wrong:
-        k = wrong[0]
-        shapes = [tuple(getattr(v[k], "shape", ())) for v in (state, own) if k in v]
-        what = f"has shapes {shapes}" if len(shapes) == 2 else f"is only in one of them, {shapes}"
-        raise InputError(f"{line}; {k} {what}: another architecture; give a file of {name}")
+        key = wrong[0]
+        sizes = [tuple(_shape(v[key])) for v in (state, own) if key in v]
+        what = f"has shapes {sizes}" if len(sizes) == 2 else f"is only in one of them, {sizes}"
+        raise InputError(f"{line}; {key} {what}: another architecture; give a file of {name}")
     net.backbone.load_state_dict(same, strict=False)
     return line
 
 
+def _shape(value: object) -> tuple[int, ...]:
+    return getattr(value, "shape", ())
+
+
+def _find_backbone(found: dict, own: dict[str, Tensor]) -> dict:
+    """The entries of `found`, or of a dict in it, that match most keys of `own`, prefix removed."""
+    first = next(iter(own))
+    best: dict = {}
+    dicts = [found]
+    for state in dicts:
+        dicts += [value for value in state.values() if isinstance(value, dict)]
+        named = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        prefixes = {k.removesuffix(first) for k in named if k.endswith(first)}
+        for prefix in sorted(prefixes) or [""]:
+            part = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
+            if len(part.keys() & own.keys()) > len(best.keys() & own.keys()) or not best:
+                best = part
+    return best
+
+
 def _download_weights(name: str) -> dict:
-    """torch.hub caches the file; one process of a machine fetches it, the others then find it."""
-    ranks = dist.is_initialized()
-    first = not ranks or int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        dist.barrier()
+    """The published file of a backbone; torch.hub keeps it."""
     try:
         if name in DINOV2:
             url = DINOV2_URL.format(name)
             return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        return models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=first)
+        return models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=False)
     except (urllib.error.URLError, OSError, RuntimeError) as e:
-        raise InputError(
-            f"--weights imagenet: {name} cannot be fetched ({e}); give a FILE or none"
-        ) from None
-    finally:
-        if first and ranks:
-            dist.barrier()
+        what = f"--weights imagenet: {name} cannot be fetched ({e})"
+        raise InputError(f"{what}; give a FILE or none") from None
 
 
 # --------------------------------------------------------------------------- ranks and losses
@@ -496,8 +487,18 @@ def average_buffers(nets: Iterable[nn.Module]) -> None:
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest cells of a bool map: [B, H, W] to [B, *size]."""
-    return F.interpolate(mask[:, None].float(), size, mode="nearest")[:, 0] > 0.5
+    """A mask or label [B, H, W] at the pixels nearest to the cells of a map: [B, *size].
+
+    Corners are aligned as in `upsample`: cell i of h reads pixel round(i (H - 1) / (h - 1)).
+    """
+    row = _nearest_pixels(mask.shape[1], size[0], mask.device)
+    column = _nearest_pixels(mask.shape[2], size[1], mask.device)
+    return mask[:, row][:, :, column]
+
+
+def _nearest_pixels(pixels: int, cells: int, device: torch.device) -> Tensor:
+    gaps = max(1, cells - 1)
+    return (torch.arange(cells, device=device) * 2 * (pixels - 1) + gaps) // (2 * gaps)
 
 
 def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
@@ -506,12 +507,12 @@ def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
 
 
 def supervised_loss(
-    z: Tensor, y: Tensor, kind: str, least: int = 200_000, thresh: float = 0.7
+    z: Tensor, y: Tensor, kind: str, share: float = 0.156, thresh: float = 0.7
 ) -> Tensor:
     """CE over the labelled pixels of the global batch; z [B, C, H, W], y [B, H, W], 255 ignored.
 
     kind "ohem" keeps the pixels whose true class has a probability of at most `thresh`, or the
-    `least` pixels of the global batch with the lowest where those would be fewer.
+    `share` of the global batch's pixels with the lowest where those would be fewer.
     """
     ce = F.cross_entropy(z, y, ignore_index=data.IGNORE, reduction="none")  # [B, H, W]
     keep = y != data.IGNORE
@@ -522,7 +523,7 @@ def supervised_loss(
             everyone = [torch.empty_like(p) for _ in range(dist.get_world_size())]
             dist.all_gather(everyone, p)
         everyone = torch.cat(everyone).flatten()
-        kth = everyone.kthvalue(min(least, len(everyone))).values
+        kth = everyone.kthvalue(max(1, round(share * len(everyone)))).values
         keep = keep & (p <= kth.clamp_min(thresh))
     return masked_mean(ce, keep, keep)
 
@@ -570,10 +571,18 @@ def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
 def iou_of(confusion: Tensor) -> tuple[float, list[float | None]]:
     """mIoU over classes present in labels or predictions, IoU per class (None: absent), percent."""
     union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    pairs = zip(confusion.diagonal().tolist(), union.tolist(), strict=True)
-    iou = [100 * i / u if u else None for i, u in pairs]
-    present = [v for v in iou if v is not None]
-    return sum(present) / max(len(present), 1), iou
+    pairs = list(zip(confusion.diagonal().tolist(), union.tolist(), strict=True))
+    iou = [round(100 * i / u, 4) if u else None for i, u in pairs]
+    present = [100 * i / u for i, u in pairs if u]
+    return round(sum(present) / max(len(present), 1), 4), iou
+
+
+def absent_note(iou: dict[str, float | None]) -> str:
+    """Over how many of the classes a mIoU is, where some are in no val label or prediction."""
+    absent = [name for name, value in iou.items() if value is None]
+    if not absent:
+        return ""
+    return f" over {len(iou) - len(absent)} of {len(iou)} classes (absent: {', '.join(absent)})"
 
 
 @torch.no_grad()
@@ -584,7 +593,8 @@ def evaluate(
 
     Batches are made of the whole set, then dealt to the ranks: as their content does not depend
     on the number of ranks, neither does rounding. Each network sees images padded to its own grid,
-    so that its score does not depend on its partners.
+    so that its score does not depend on its partners, and to a size congruent to the crop: with
+    aligned corners, cells then lie as far apart as they did in training.
     """
     rank, world = rank_world()
     classes = len(split.classes)
@@ -594,7 +604,7 @@ def evaluate(
     modes = {net: net.training for net in nets.values()}
     for grid in {net.backbone.grid for net in nets.values()}:
         alike = {name: net.eval() for name, net in nets.items() if net.backbone.grid == grid}
-        batches = data.ValBatches(split.val, classes, grid)
+        batches = data.ValBatches(split.val, classes, grid, args.crop_size)
         for batch in data.val_batches(batches, rank, world, args.workers, device):
             for name, net in alike.items():
                 prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
@@ -608,7 +618,8 @@ def evaluate(
 @torch.no_grad()
 def predict_image(net: Segmenter, image: Image.Image, settings: argparse.Namespace) -> np.ndarray:
     """Class ids [H, W] uint8 of a PIL image by a network in eval mode, padded as in evaluation."""
-    height, width = data.ValBatches([], 1, net.backbone.grid).padded(image.size)
+    batches = data.ValBatches([], 1, net.backbone.grid, settings.crop_size)
+    height, width = batches.padded(image.size)
     padded = Image.new("RGB", (width, height), data.FILL)
     padded.paste(image.convert("RGB"))
     x = torch.from_numpy(np.array(padded)).to(next(net.parameters()).device)  # [H, W, 3]
@@ -671,8 +682,9 @@ def test(args: argparse.Namespace, device: torch.device) -> None:
     miou, iou = iou_of(confusion)
     for name, value in zip(classes, iou, strict=True):
         print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
+    note = absent_note(dict(zip(classes, iou, strict=True)))
     how = f"{net.config['backbone']}, {args.eval_mode}, amp {args.amp}"
-    print(f"mIoU {miou:.2f} on {len(source.val)} images · {how} · {args.test_only}")
+    print(f"mIoU {miou:.2f}{note} on {len(source.val)} images · {how} · {args.test_only}")
 
 
 def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
@@ -744,7 +756,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     a("--head-lr-mult", type=POSITIVE, help="all but the backbone learns this many times faster")
     a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
     a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
-    a("--ohem-least", type=STEPS, default=200_000, help="pixels of a batch that OHEM always keeps")
+    a("--ohem-share", type=SHARE, default=0.156, help="of a batch's pixels, kept by OHEM at least")
     a("--threshold", type=SHARE, help="tau: pseudo-label confidence threshold, 0 to 1")
     a("--ramp", type=SHARE, help="share of the run in which unlabelled terms grow from 0 to full")
     a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
@@ -808,11 +820,6 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
     if len(split.unlabeled) < 2 and not args.labeled_only:
         left = f"leaves {len(split.unlabeled) or 'no'} unlabelled image, CutMix pairs two"
         raise InputError(f"--split {args.split}: {left}; label fewer, or --labeled-only")
-    pixels = args.batch_size * args.crop_size**2
-    if args.sup_loss == "ohem" and args.ohem_least > pixels / 2:  # void, padding count not
-        batch = f"a batch of {args.batch_size} crops of {args.crop_size} ({pixels})"
-        why = f"--ohem-least {args.ohem_least}: over half of {batch}, so it is nearly CE"
-        raise InputError(f"{why}; lower it, to {max(1, pixels // 25)} for Cityscapes' share")
     epoch = max(1, len(split.unlabeled or split.labeled) // args.batch_size)
     args.iters = args.iters or args.epochs * epoch
     args.eval_every = args.eval_every or epoch
@@ -868,29 +875,28 @@ def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]
     InputError if that run had other flags, lists or sources.
     """
     latest = args.out / "latest.pt"
+    again = "give another --out, or --overwrite"
     # --overwrite is for the first attempt alone: torchrun's restarts go on
     if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return 0
     if not latest.exists():
         if (args.out / "best.pt").exists() and not args.overwrite:
-            what = "holds a run's best.pt, but no latest.pt to go on from"
-            raise InputError(f"{args.out}: {what}; give another --out, or --overwrite")
+            raise InputError(
+                f"{args.out}: holds a best.pt, but no latest.pt to go on from; {again}"
+            )
         return 0
     saved = load_checkpoint(latest)
     was = saved.get("flags")
     if not isinstance(was, dict):
-        raise InputError(f"{latest}: no latest.pt of ours; give another --out, or --overwrite")
+        raise InputError(f"{latest}: no latest.pt of ours; {again}")
     now = flags_of(args, split)
-    differ = [f"{k} was {was.get(k)}, is {v}" for k, v in now.items() if was.get(k) != v]
-    edited = was.get("sources") != now["sources"]
-    if len(differ) > edited:
-        what = "; ".join(d for d in differ if not d.startswith("sources "))
-        what = f"holds a run with other flags ({what})"
-        raise InputError(f"{args.out}: {what}; give the same, another --out, or --overwrite")
-    if edited and not args.resume_edited:
-        what = f"holds a run begun before {args.method}.py, common.py or data.py was edited"
-        remedy = "give another --out, --overwrite, or --resume-edited to go on all the same"
-        raise InputError(f"{args.out}: {what}; {remedy}")
+    differ = [k for k in now if k != "sources" and was.get(k) != now[k]]
+    if differ:
+        what = "; ".join(f"{k} was {was.get(k)}, is {now[k]}" for k in differ)
+        raise InputError(f"{args.out}: holds a run with other flags ({what}); {again}")
+    if was.get("sources") != now["sources"] and not args.resume_edited:
+        what = f"{args.method}.py, common.py or data.py was edited since this run began"
+        raise InputError(f"{args.out}: {what}; {again}, or --resume-edited to go on all the same")
     try:
         for name, value in state.items():
             value.load_state_dict(saved[name])
@@ -898,33 +904,28 @@ def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # noqa: BLE001 - any, on values that only look like a checkpoint
-        reason = str(e).splitlines()[0][:120]
-        why = f"not of this script ({reason})"
-        raise InputError(f"{latest}: {why}; give another --out or --overwrite") from None
-    if start == args.iters:
-        say(f"{args.out}: finished before, no step is left; --overwrite starts anew")
-    else:
-        say(f"going on from {latest}, step {start}")
+        why = str(e).splitlines()[0][:120]
+        raise InputError(f"{latest}: not of this script ({why}); {again}") from None
+    finished = "finished before, no step is left; --overwrite starts anew"
+    say(f"{latest}: {finished if start == args.iters else f'going on from step {start}'}")
     return start
 
 
 class Log:
-    """log.jsonl, args.json and TensorBoard of a run. Rank 0 writes; the other ranks agree."""
+    """log.jsonl and args.json of a run. Rank 0 writes; all ranks know the evaluations."""
 
     def __init__(self, args: argparse.Namespace, start: int) -> None:
         """Takes over the lines up to step `start`; drops later ones, and files of an old run."""
         self.args = args
-        self.rows: list[Tensor] = []  # terms that no line holds yet, [terms] each, on the device
-        self.board = None
         self.path = args.out / "log.jsonl"
+        self.rows: list[Tensor] = []  # terms that no line holds yet, [terms] each, on the device
         lines = []
         if start > 0 and self.path.exists():
-            texts = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-            for text in texts:
+            for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):  # a torn last line
                     lines.append(json.loads(text))
-            lines = [line for line in lines if line["step"] <= start]
-        self.evals = {line["step"]: line["miou"] for line in lines if line["kind"] == "eval"}
+        lines = [line for line in lines if line["step"] <= start]
+        self.evals = {line["step"]: line for line in lines if line["kind"] == "eval"}
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 now writes over
         if rank_world()[0] == 0:
@@ -941,23 +942,20 @@ class Log:
         out = self.args.out
         out.mkdir(parents=True, exist_ok=True)
         if start == 0:  # latest.pt first: nothing then goes on from it without its log
-            for path in (out / "latest.pt", out / "best.pt", *out.glob("events.out.tfevents.*")):
-                path.unlink(missing_ok=True)
+            (out / "latest.pt").unlink(missing_ok=True)
+            (out / "best.pt").unlink(missing_ok=True)
         about = dict(command=shlex.join(sys.argv), torch=torch.__version__)
         about["python"] = platform.python_version()
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            about["commit"] = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL)
+            commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL)
+            about["commit"] = commit.strip()
         text = json.dumps(vars(self.args) | about, default=str, indent=1)
         (out / "args.json").write_text(text + "\n", encoding="utf-8")
-        kept = self.path.with_suffix(".tmp")
+        kept = out / "log.jsonl.tmp"
         kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         os.replace(kept, self.path)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(out, purge_step=start + 1)
 
     def owes_evaluation(self, start: int) -> bool:
         """Whether the run was killed after the save at step `start`, before its evaluation."""
@@ -993,9 +991,8 @@ class Log:
         self.check(done)
         if scaler.is_enabled() and scaler.get_scale() < 1:
             self.not_finite(done, "gradients are not finite, fp16 has left out their steps")
-        means = torch.stack(self.rows).mean(0).tolist()
+        terms = dict(zip(self.names, torch.stack(self.rows).mean(0).tolist(), strict=True))
         self.rows = []
-        terms = dict(zip(self.names, means, strict=True))
         terms["lr"] = optimizer.param_groups[0]["lr"]
         line = {"step": done} | {name: float(f"{v:.6g}") for name, v in terms.items()}
         now = time.perf_counter()
@@ -1007,8 +1004,8 @@ class Log:
         self.since = done
         self.write("train", line)
 
-    def write(self, kind: str, line: dict) -> None:
-        """A line of log.jsonl, of TensorBoard, and of the terminal."""
+    def write(self, kind: str, line: dict, note: str = "") -> None:
+        """A line of log.jsonl and of the terminal."""
         if rank_world()[0] > 0:
             return
         try:
@@ -1016,31 +1013,24 @@ class Log:
             self.file.flush()
         except OSError as e:
             raise RunError(f"{self.path}: cannot be written ({e.strerror}); free space") from None
-        scalars = {name: value for name, value in line.items() if isinstance(value, float)}
-        for name, value in scalars.items():
-            if self.board:
-                self.board.add_scalar(f"{kind}/{name}", value, line["step"])
-        said = " ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-        say(f"{kind} {line['step']}/{self.args.iters} {said}")
+        said = " ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
+        say(f"{kind} {line['step']}/{self.args.iters} {said}{note}")
 
     def close(self, stopped: int = 0) -> None:
         """The last line of a finished run, or of one that signal `stopped` ends: status 128 + n."""
         if dist.is_initialized():
             dist.barrier()  # rank 0 may still be writing
-        if self.board:
-            self.board.close()
         if stopped:
             command = "the same command" + (" without --overwrite" if self.args.overwrite else "")
             say(f"signal {stopped}: saved; {command} goes on from there")
             raise SystemExit(128 + stopped)
         last = self.evals[max(self.evals)]
-        best = max(self.evals, key=self.evals.get)
-        say(f"mIoU last {last:.2f} · best {self.evals[best]:.2f} at step {best} · {self.args.out}")
+        best = max(self.evals.values(), key=lambda line: line["miou"])
+        line = f"mIoU last {last['miou']:.2f}{absent_note(last['iou'])}"
+        say(f"{line} · best {best['miou']:.2f} at step {best['step']} · {self.args.out}")
 
 
-def save(
-    args: argparse.Namespace, split: data.Split, state: dict[str, object], log: Log, done: int
-) -> None:
+def save(state: dict[str, object], split: data.Split, log: Log, done: int) -> None:
     """latest.pt with all state after step `done`; what is not finite ends the run instead."""
     log.check(done)
     for net in (value for value in state.values() if isinstance(value, nn.Module)):
@@ -1049,49 +1039,46 @@ def save(
             log.not_finite(done, "a weight is not finite")
     if rank_world()[0] == 0:
         saved = {name: value.state_dict() for name, value in state.items()}
-        saved |= {"flags": flags_of(args, split), "step": done}
-        save_file(saved, args.out / "latest.pt")
+        save_file(
+            saved | {"flags": flags_of(log.args, split), "step": done}, log.args.out, "latest.pt"
+        )
 
 
 def validate(
-    nets: dict[str, Segmenter],
-    split: data.Split,
-    args: argparse.Namespace,
-    device: torch.device,
-    log: Log,
-    done: int,
+    nets: dict[str, Segmenter], split: data.Split, device: torch.device, log: Log, done: int
 ) -> None:
     """Evaluates `nets` after step `done`; the first is for inference: its mIoU decides on best.pt.
 
-    Order: best.pt, previews, log line; a run killed in between evaluates again when it goes on.
+    best.pt comes before the log line: a run killed in between evaluates again when it goes on.
     """
     begin = time.perf_counter()
+    args = log.args
     _process.evaluating = True
     results = {name: iou_of(m) for name, m in evaluate(nets, split, args, device).items()}
     _process.evaluating = False
-    first = next(iter(nets.values()))
-    miou, iou = next(iter(results.values()))
-    miou = round(miou, 4)  # as the log has it, which a resumed run compares with
-    classes = list(split.classes)
-    if miou > max(log.evals.values(), default=-1.0) and rank_world()[0] == 0:
-        best = dict(net=first.state_dict(), config=first.config, classes=classes)
-        best |= dict(dataset=args.dataset, mean=data.MEAN, std=data.STD, step=done, miou=miou)
-        best["eval"] = dict(crop_size=args.crop_size, eval_mode=args.eval_mode, amp=args.amp)
-        save_file(best, args.out / "best.pt")
-    log.evals[done] = miou
-    line = {"step": done, "miou": miou}
-    line |= {f"miou_{name}": round(r[0], 4) for name, r in list(results.items())[1:]}
-    line["iou"] = {c: v and round(v, 4) for c, v in zip(classes, iou, strict=True)}
-    log.write("eval", line)
+    name, net = next(iter(nets.items()))
+    iou = dict(zip(split.classes, results[name][1], strict=True))
+    line = {"step": done, "miou": results[name][0]}
+    line |= {f"miou_{other}": results[other][0] for other in list(nets)[1:]}
+    line["iou"] = iou
+    best = max((old["miou"] for old in log.evals.values()), default=-1.0)
+    if line["miou"] > best and rank_world()[0] == 0:
+        saved = dict(net=net.state_dict(), config=net.config, classes=list(split.classes))
+        saved |= dict(dataset=args.dataset, mean=data.MEAN, std=data.STD, step=done)
+        saved["eval"] = dict(crop_size=args.crop_size, eval_mode=args.eval_mode, amp=args.amp)
+        save_file(saved | {"miou": line["miou"]}, args.out, "best.pt")
+    log.evals[done] = line
+    log.write("eval", line, absent_note(iou))
     log.clock += time.perf_counter() - begin  # images/s is of training
 
 
-def save_file(state: dict, path: Path) -> None:
-    """torch.save beside `path`, then a rename: a reader finds the old file or the new, never half.
+def save_file(state: dict, folder: Path, name: str) -> None:
+    """torch.save beside the file, then a rename: a reader finds the old or the new, never half.
 
     RunError when it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    path = folder / name
+    temporary = folder / f"{name}.tmp"
     try:
         with open(temporary, "wb") as f:
             torch.save(state, f)
@@ -1107,6 +1094,7 @@ def save_file(state: dict, path: Path) -> None:
 
 # ---------------------------------------------------------------------------- signals and exit
 
+# what the thread of signals and `launch` need to know
 _process = SimpleNamespace(signal=0, training=False, evaluating=False)
 
 
@@ -1150,31 +1138,36 @@ def launch(main: Callable[[], None]) -> None:
 
     Exits at once: other ranks may wait in a collective for this one, workers for its data.
     """
-    status = 0
+    status = 1
     rank, world = rank_world()
-    who = f"[rank {rank}] " if world > 1 else ""
+    line = ""
     try:
         main()
-    except (InputError, RunError) as e:
-        status = 2 if isinstance(e, InputError) else 1
-        # before training all ranks see the same bad input; a GPU may be missing to one alone
-        if rank == 0 or _process.training or status == 1:
-            print(f"{who}error: {e}", file=sys.stderr)
-        else:
+        status = 0
+    except InputError as e:
+        status = 2
+        line = str(e)
+        if rank > 0 and not _process.training:  # before that all ranks see the same
+            line = ""
             time.sleep(5)  # torchrun ends all ranks at the first exit: rank 0's line comes first
+    except RunError as e:
+        line = str(e)
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
     except KeyboardInterrupt:  # later ones are caught, see `catch_signals`
         status = 128 + signal.SIGINT
-        print("interrupted before the first step", file=sys.stderr)
+        line = "interrupted before the first step"
     except BaseException as e:
-        status = 1
-        if isinstance(e, RuntimeError) and "out of memory" in str(e):  # of a GPU
-            told = ". ".join(str(e).splitlines()[0].split(". ")[:2])  # the second has the size
+        told = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if isinstance(e, MemoryError) or "out of memory" in told or "can't allocate" in told:
             remedy = "give a smaller --batch-size or --crop-size, in evaluation --eval-mode slide"
-            print(f"{who}error: {told}; free the GPU, or {remedy}", file=sys.stderr)
+            line = f"{told}; {remedy}"
+        elif "DataLoader worker" in told:
+            line = f"{told}; give --workers 0, or more room in /dev/shm (docker: --shm-size 8g)"
         else:
             traceback.print_exc()
+    if line:
+        print(f"[rank {rank}] error: {line}" if world > 1 else f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -51,15 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     a("--teacher-mode", choices=("train", "eval"), default="train", help="teachers' batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
     # augmentation took more than it gave in pilot runs.
-    shapes = dict(
-        teacher_mode="eval",
-        fa="none",
-        threshold=0.95,
-        threshold_ss=0.95,
-        batch_size=4,
-        lr=2e-3,
-        epochs=4,
-    )
+    shapes = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95)
+    shapes.update(batch_size=4, lr=2e-3, epochs=4)
     args = common.parse(p, argv, all=dict(threshold=0.0), shapes=shapes)
     if args.fa == "all" and args.teacher_mode == "eval":  # Sigma keeps every step's features
         why = "features by running statistics explode at first"
@@ -142,21 +135,25 @@ class ClassStatistics(nn.Module):
         f = f.flatten(2).transpose(1, 2).to(self.mean.dtype)  # [B, h2 w2, A]
         classes = torch.arange(len(self.count), device=f.device)
         member = (label.flatten(1)[:, None] == classes[:, None]).to(f.dtype)  # [B, C, h2 w2]
-        # n_c [C, 1]; the batch's mean mu^_c and biased variance sigma^2_c, over all ranks
-        n = member.sum((0, 2))[:, None]
-        first = (member @ f).sum(0)  # [C, A]
-        second = (member @ f.square()).sum(0)
-        sums = common.rank_sum(torch.cat([n, first, second], 1))  # [C, 1 + 2 A]
+        # n_c [C, 1], mu^_c, sigma^2_c of the batch over all ranks; two passes: E f^2 - mean^2 would
+        # lose all digits where the mean is much larger than the deviation
+        counts = member.sum((0, 2))[:, None]
+        sums = common.rank_sum(torch.cat([counts, (member @ f).sum(0)], 1))  # [C, 1 + A]
         n = sums[:, :1]
-        width = f.shape[2]
-        mean = sums[:, 1 : 1 + width] / n.clamp_min(1)
-        var = (sums[:, 1 + width :] / n.clamp_min(1) - mean.square()).clamp_min(0)
+        mean = sums[:, 1:] / n.clamp_min(1)
+        deviation = f - member.transpose(1, 2) @ mean  # [B, h2 w2, A]
+        var = common.rank_sum((member @ deviation.square()).sum(0)) / n.clamp_min(1)
         # w_c = n_c / (n_c + N_c);  mu <- (1-w) mu + w mean
         # Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2
         w = (n / (n + self.count[:, None]).clamp_min(1)).to(mean.dtype)
         self.var.copy_((1 - w) * self.var + w * var + w * (1 - w) * (self.mean - mean).square())
         self.mean.copy_((1 - w) * self.mean + w * mean)
         self.count.add_(n[:, 0])
+
+
+def halve(maps: Tensor) -> Tensor:
+    """2x2 means of [B, C, h, w]: [B, C, h2, w2]; the last row of an odd map is its own (step 6)."""
+    return F.avg_pool2d(maps, 2, ceil_mode=True)
 
 
 def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:
@@ -189,7 +186,7 @@ def augmented_logits(
     """
     own = z[len(y) :].detach().argmax(1)
     label = torch.cat([y, own]).where(valid, data.IGNORE)
-    stats.update(F.avg_pool2d(f.detach(), 2), label)
+    stats.update(halve(f.detach()), label)
     return augment(z, label, net.classifier.weight, stats.var, strength)
 
 
@@ -267,20 +264,20 @@ def mkd_step(
     # L_sup,i = CE(S_i(x), y) at full resolution (step 5)
     z_x1 = common.upsample(z_s1[:n_x], y.shape[-2:])
     z_x2 = common.upsample(z_s2[:n_x], y.shape[-2:])
-    loss_sup1 = common.supervised_loss(z_x1, y, args.sup_loss, args.ohem_least)
-    loss_sup2 = common.supervised_loss(z_x2, y, args.sup_loss, args.ohem_least)
+    loss_sup1 = common.supervised_loss(z_x1, y, args.sup_loss, args.ohem_share)
+    loss_sup2 = common.supervised_loss(z_x2, y, args.sup_loss, args.ohem_share)
 
     # The rest, labelled and unlabelled together, at half of the stride-4 resolution (step 6)
-    half_s1 = F.avg_pool2d(z_s1, 2)  # [B, C, h2, w2]
-    half_s2 = F.avg_pool2d(z_s2, 2)
-    half_t1 = F.avg_pool2d(z_t1, 2)
-    half_t2 = F.avg_pool2d(z_t2, 2)
-    size = half_s1.shape[-2:]
-    half_y = F.interpolate(y[:, None].float(), size, mode="nearest")[:, 0].long()
+    half_s1 = halve(z_s1)  # [B, C, h2, w2]
+    half_s2 = halve(z_s2)
+    half_t1 = halve(z_t1)
+    half_t2 = halve(z_t2)
+    size = z_s1.shape[-2:]
+    half_y = common.resize_mask(y, size)[:, ::2, ::2]
     valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], M)])
     if args.keep_padding:
         valid = torch.ones_like(valid)
-    valid = common.resize_mask(valid, size)
+    valid = common.resize_mask(valid, size)[:, ::2, ::2]
 
     # z~ of each network (steps 7 to 10), lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
@@ -354,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = (args.backbone, len(split.classes), args.output_stride, args.decoder)
     student_1 = common.build_network(*shape)
     common.check_crop(student_1, args.crop_size)
-    common.say(common.load_weights(student_1, args.backbone, args.weights))
+    common.say(common.load_weights(student_1, args.backbone, args.weights, split.classes))
     student_2 = common.build_network(*shape)
     common.say(common.load_weights(student_2, args.backbone, args.weights))
     if world > 1 and device.type == "cuda":
@@ -406,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     log = common.Log(args, start)
     common.catch_signals()
     if log.owes_evaluation(start):
-        common.validate(nets, split, args, device, log, start)
+        common.validate(nets, split, device, log, start)
 
     # ---- train
     batches = data.train_batches(split, args, rank, world, start, device)
@@ -434,11 +431,11 @@ def main(argv: list[str] | None = None) -> None:
         stop = common.stop_signal(done % args.log_every == 0)
         evaluate = done % args.eval_every == 0 or last
         if evaluate or stop or done % args.save_every == 0:
-            common.save(args, split, state, log, done)
+            common.save(state, split, log, done)
         if stop and not last:
             log.close(stop)
         if evaluate:
-            common.validate(nets, split, args, device, log, done)
+            common.validate(nets, split, device, log, done)
 
     # ---- teardown
     log.close()

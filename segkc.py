@@ -182,8 +182,8 @@ def segkc_step(
     z_j, f_j, g_j = out_j
 
     # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
-    sup_s = common.supervised_loss(z_s[:n_x], y, args.sup_loss, args.ohem_least)
-    sup_j = common.supervised_loss(z_j[:n_x], y, args.sup_loss, args.ohem_least)
+    sup_s = common.supervised_loss(z_s[:n_x], y, args.sup_loss, args.ohem_share)
+    sup_j = common.supervised_loss(z_j[:n_x], y, args.sup_loss, args.ohem_share)
     loss_sup = 0.5 * (sup_s + sup_j)
 
     # L_cps = 1/2 [masked_mean(CE(z_S, y_hat_J), c_J >= tau) + the same of z_J and S] (step 5)
@@ -240,9 +240,11 @@ def main(argv: list[str] | None = None) -> None:
     # ---- networks: the junior first, so that its weights are those of the other scripts
     decoder = (len(split.classes), args.output_stride, args.decoder)
     junior = common.build_network(args.backbone, *decoder)
-    common.say("junior: " + common.load_weights(junior, args.backbone, args.weights))
+    loaded = common.load_weights(junior, args.backbone, args.weights, split.classes)
+    common.say(f"junior: {loaded}")
     senior = common.build_network(args.senior, *decoder)
-    common.say("senior: " + common.load_weights(senior, args.senior, args.senior_weights))
+    loaded = common.load_weights(senior, args.senior, args.senior_weights)
+    common.say(f"senior: {loaded}")
     for net in (junior, senior):
         common.check_crop(net, args.crop_size)
     if world > 1 and device.type == "cuda":
@@ -286,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     log = common.Log(args, start)
     common.catch_signals()
     if log.owes_evaluation(start):
-        common.validate(nets, split, args, device, log, start)
+        common.validate(nets, split, device, log, start)
 
     # ---- train
     batches = data.train_batches(split, args, rank, world, start, device)
@@ -314,11 +316,11 @@ def main(argv: list[str] | None = None) -> None:
         stop = common.stop_signal(done % args.log_every == 0)
         evaluate = done % args.eval_every == 0 or last
         if evaluate or stop or done % args.save_every == 0:
-            common.save(args, split, state, log, done)
+            common.save(state, split, log, done)
         if stop and not last:
             log.close(stop)
         if evaluate:
-            common.validate(nets, split, args, device, log, done)
+            common.validate(nets, split, device, log, done)
 
     # ---- teardown
     log.close()

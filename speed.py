@@ -231,7 +231,7 @@ def speed_step(
     f_m = f[len(x) :]
 
     # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)
-    loss_x = common.supervised_loss(z_x, y, args.sup_loss, args.ohem_least)
+    loss_x = common.supervised_loss(z_x, y, args.sup_loss, args.ohem_share)
     ce = F.cross_entropy(z_m, pseudo_label, reduction="none")  # [B, H, W]
     loss_u = masked_mean(ce, keep, valid_m)
 
@@ -258,7 +258,7 @@ def supervised_step(
     """--labeled-only: L = CE(model(x), y), or OHEM."""
     with autocast():
         z_x = model(data.normalize(batch["x"]))
-    loss = common.supervised_loss(z_x, batch["y"], args.sup_loss, args.ohem_least)
+    loss = common.supervised_loss(z_x, batch["y"], args.sup_loss, args.ohem_share)
     return {"loss": loss}
 
 
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- network
     net = common.build_network(args.backbone, len(split.classes), args.output_stride, args.decoder)
     common.check_crop(net, args.crop_size)
-    common.say(common.load_weights(net, args.backbone, args.weights))
+    common.say(common.load_weights(net, args.backbone, args.weights, split.classes))
     if world > 1 and device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net = net.place(device)
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     log = common.Log(args, start)
     common.catch_signals()
     if log.owes_evaluation(start):
-        common.validate(nets, split, args, device, log, start)
+        common.validate(nets, split, device, log, start)
 
     # ---- train
     unlabeled = not args.labeled_only
@@ -352,11 +352,11 @@ def main(argv: list[str] | None = None) -> None:
         stop = common.stop_signal(done % args.log_every == 0)
         evaluate = done % args.eval_every == 0 or last
         if evaluate or stop or done % args.save_every == 0:
-            common.save(args, split, state, log, done)
+            common.save(state, split, log, done)
         if stop and not last:
             log.close(stop)
         if evaluate:
-            common.validate(nets, split, args, device, log, done)
+            common.validate(nets, split, device, log, done)
 
     # ---- teardown
     log.close()
