@@ -6,6 +6,7 @@ none is copied from the code under test. A "pixel list" is [P, C]: one row for e
 
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -54,7 +55,7 @@ def _rank(rank: int, world: int, fn: Callable, args: tuple, folder: str) -> None
 # --------------------------------------------------------------------------------- a whole run
 
 TINY = (
-    "--dataset shapes --iters 2 --crop-size 48 --batch-size 2 --workers 0 --log-every 1 --ramp 0 "
+    "--dataset shapes --iters 2 --crop-size 49 --batch-size 2 --workers 0 --log-every 1 --ramp 0 "
     "--amp off --weights none --optimizer sgd --lr 0.004 --head-lr-mult 3 --weight-decay 0.001 "
     "--scale 0.3 0.8"  # images of 29 to 77 pixels: some crops are padded
 ).split()
@@ -106,6 +107,8 @@ class Tiny(nn.Module):
         self.backbone = nn.Conv2d(3, width, 3, stride=4, padding=1)
         self.backbone.channels = (width, width)
         self.classifier = nn.Conv2d(width, 4, 1)
+        nn.init.normal_(self.backbone.weight)  # no class wins everywhere
+        nn.init.normal_(self.classifier.weight)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         f = self.backbone(x).relu()
@@ -219,8 +222,11 @@ def pasted(t: Tensor, boxes: Tensor, partner: list[int]) -> Tensor:
 
 
 def nearest(t: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cell (i, j) of [B, h, w] is pixel (floor(i H / h), floor(j W / w)) of t [B, H, W]."""
-    rows, cols = ([i * n // s for i in range(s)] for n, s in zip(t.shape[-2:], size, strict=True))
+    """Cell i of h is the pixel nearest to i (H - 1) / (h - 1), halves upwards; t [B, H, W]."""
+    rows, cols = (
+        [math.floor(i * (n - 1) / max(s - 1, 1) + 0.5) for i in range(s)]
+        for n, s in zip(t.shape[-2:], size, strict=True)
+    )
     return t[:, rows][:, :, cols]
 
 

@@ -255,17 +255,20 @@ def test_statistics_are_those_of_all_pixels_so_far():
     assert len(all_pixels(seen, 3)) > 5
 
 
-def test_statistics_in_float32_are_good_to_five_digits():
-    """As in a run: pixels after a ReLU, two hundred updates."""
+@pytest.mark.parametrize(("kind", "good_to"), [("after a ReLU", 2e-5), ("far from zero", 2e-3)])
+def test_statistics_in_float32(kind: str, good_to: float):
+    """As in a run, two hundred updates; with means of 10^4 deviations E f^2 - mean^2 has no digit
+    left."""
     stats, seen = mkd.ClassStatistics(2, 7), []
     for k in range(200):
-        f, label = draw(2, 7, 4, 4, seed=k).relu(), drawn_labels(2, 4, 4, classes=2, seed=k)
-        stats.update(f.float(), label)
-        seen.append((f, label))
+        f = draw(2, 7, 4, 4, seed=k)
+        f = f.relu().float() if kind == "after a ReLU" else (2000 + f / 10).float()
+        seen.append((f.double(), drawn_labels(2, 4, 4, classes=2, seed=k)))
+        stats.update(f, seen[-1][1])
     for c in range(2):
         x = all_pixels(seen, c)
         np.testing.assert_allclose(stats.mean[c], x.mean(0), rtol=1e-5)
-        np.testing.assert_allclose(stats.var[c], x.var(0), rtol=2e-5)
+        np.testing.assert_allclose(stats.var[c], x.var(0), rtol=good_to)
 
 
 def test_statistics_are_in_the_checkpoint():
@@ -389,17 +392,26 @@ def test_pseudo_ce(case: str):
     assert (total == 0) == (case != "some")
 
 
+def half(z: Tensor) -> Tensor:
+    """Means of 2 x 2 cells, at the end of an odd map of those that are left."""
+    h, w = z.shape[-2:]
+    out = z.new_zeros(*z.shape[:2], (h + 1) // 2, (w + 1) // 2)
+    for i, j in np.ndindex(*out.shape[-2:]):
+        out[..., i, j] = z[..., 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3))
+    return out
+
+
 def tiny_step(**changes: object) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-    """mkd_step, the second of ten, on tiny networks that all differ: the networks and the terms."""
+    """mkd_step, the last of fifty, on tiny networks that all differ: the networks and the terms."""
     torch.manual_seed(0)
     nets = {name: Tiny(5) for name in ("student1", "student2", "teacher1", "teacher2")}
     stats = nn.ModuleDict({name: mkd.ClassStatistics(4, 5) for name in nets})
-    flags = dict(crop_size=32, seed=0, iters=10, ema=1.0, teacher_mode="train", keep_padding=False)
-    flags |= dict(sup_loss="ce", ohem_share=0.1, ohem_least=1, lambda0=1.5, fa="all")
+    flags = dict(crop_size=32, seed=0, iters=50, ema=1.0, teacher_mode="train", keep_padding=False)
+    flags |= dict(sup_loss="ce", ohem_share=0.1, lambda0=1.5, fa="all")
     flags |= dict(lambda_st=1.5, lambda_ss=1.0, threshold=0.0, threshold_ss=0.0)
     args = SimpleNamespace(**(flags | changes))
     model = mkd.Students(nets["student1"], nets["student2"])
-    batch = tiny_batch() | dict(step=1)
+    batch = tiny_batch() | dict(step=49)
     return nets, mkd.mkd_step(args, nets, stats, model, NO_AMP, batch, 1.0)
 
 
@@ -459,11 +471,6 @@ VARIANTS = {
 }
 
 
-def half(z: Tensor) -> Tensor:
-    """The 2 x 2 average."""
-    return (z[..., ::2, ::2] + z[..., 1::2, ::2] + z[..., ::2, 1::2] + z[..., 1::2, 1::2]) / 4
-
-
 def first_steps(
     args: object, batches: list[dict], students: list, teachers: list
 ) -> tuple[list[dict[str, float]], list[list], tuple[float, float]]:
@@ -499,8 +506,9 @@ def first_steps(
         z_s, f_s = ([b[k] for b in both] for k in ("z_4", "f"))
         sup = [supervised(bilinear(z[:2], y.shape[-2:]), y) for z in z_s]
 
+        # the class of a mean is that of its first cell, at that cell's pixel
+        y_8, valid_8 = (nearest(a, z_s[0].shape[-2:])[:, ::2, ::2] for a in (y, valid))
         z_s, z_t, f_s, f_t = ([half(v) for v in maps] for maps in (z_s, z_t, f_s, f_t))
-        y_8, valid_8 = (nearest(a, z_s[0].shape[-2:]) for a in (y, valid))
         z_aug = []
         for k, (net, z, f) in enumerate(
             zip([*students, *teachers], [*z_s, *z_t], [*f_s, *f_t], strict=True)
@@ -563,10 +571,10 @@ def test_first_steps_recomputed(variant: str, tmp_path, monkeypatch):
             assert lines[step][name] == pytest.approx(value, rel=tolerance), (step, name)
     for name, net in nets.items():
         assert_same_update(begin[name], net.state_dict(), latest[name])
-    for k, pixels in enumerate(seen):
+    for name, pixels in zip(nets, seen, strict=True):
         x = [all_pixels(pixels, c) if pixels else np.zeros((0, 256)) for c in range(6)]
         var = np.stack([len(a) * a.var(0) if len(a) else np.zeros(256) for a in x])
-        count, found = (latest["stats"][f"{k}.{name}"].numpy() for name in ("count", "var"))
+        count, found = (latest["stats"][f"{name}.{k}"].numpy() for k in ("count", "var"))
         assert count.sum() == sum(map(len, x))
         apart = np.linalg.norm(count[:, None] * found - var)
         assert apart <= 0.05 * np.linalg.norm(var)

@@ -1,6 +1,7 @@
 """Oracles of speed.py, written a second time from the note; its first two steps recomputed."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -211,18 +212,22 @@ def test_logit_loss_teaches_the_mixed_image_alone():
 
 
 def relation_oracle(f_t: Tensor, f_m: Tensor, valid: Tensor, sharp: float = 0.1) -> Tensor:
-    """L_feat by loops: positions of 16 x 16 pixels, mostly valid ones alone; rows by definition."""
-    cells, h, w = 4, f_m.shape[-2], f_m.shape[-1]  # of stride 4
+    """L_feat by loops: positions of 4 x 4 cells, mostly valid ones alone; rows by definition."""
+    h, w = f_m.shape[-2:]
+    share = torch.zeros(len(f_m), h, w)  # of a cell's pixels, whole and cut ones
+    for i, j in np.ndindex(h, w):
+        rows, cols = (
+            slice(k * size // n, -(-(k + 1) * size // n))
+            for k, size, n in ((i, valid.shape[1], h), (j, valid.shape[2], w))
+        )
+        share[:, i, j] = valid[:, rows, cols].float().mean((1, 2))
     total, rows = f_m.sum() * 0, 0
     for b in range(len(f_m)):
         kept = []
-        for top in range(0, h, cells):
-            for left in range(0, w, cells):
-                part = np.s_[top : top + cells, left : left + cells]
-                pixels = np.s_[4 * top : 4 * top + 16]
-                pixels = pixels, np.s_[4 * left : 4 * left + 16]
-                if valid[b][pixels].float().mean() > 0.5:
-                    kept.append([f[b, :, part[0], part[1]].mean((1, 2)) for f in (f_t, f_m)])
+        for top, left in itertools.product(range(0, h, 4), range(0, w, 4)):
+            part = np.s_[top : top + 4, left : left + 4]
+            if share[b][part].mean() > 0.5:
+                kept.append([f[b, :, part[0], part[1]].mean((1, 2)) for f in (f_t, f_m)])
         if not kept:
             continue
         s = []
