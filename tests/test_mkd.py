@@ -442,7 +442,9 @@ def test_who_teaches_whom(fa: str, monkeypatch):
     monkeypatch.setattr(mkd, "augmented_logits", record_network)
     nets, terms = tiny_step(fa=fa)
     assert set(augmented) == set(list(nets.values())[: {"all": 4, "students": 2, "none": 0}[fa]])
-    assert len({stats for stats, _ in augmented.values()}) == len(augmented), "statistics are shared"
+    assert len({stats for stats, _ in augmented.values()}) == len(augmented), (
+        "statistics are shared"
+    )
     if fa != "all":
         return
     labels = {name: augmented[net][1].argmax(1) for name, net in nets.items()}

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    F64,
+    NO_AMP,
     TINY,
+    Tiny,
     assert_same_update,
-    batches_of,
     between,
-    bilinear,
     ce_sum,
+    draw,
     find_seed,
     kl_sum,
+    learners,
     look,
     nearest,
     network,
@@ -25,18 +28,13 @@ from helpers import (
     split_parameters,
     standardized,
     supervised,
+    tiny_batch,
 )
 from torch import Tensor, nn
 
 import data
 import segkc
-from networks import build_network
-
-F64 = dict(rtol=1e-10, atol=1e-13)
-
-
-def draw(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape) * scale)
+from common import build_network
 
 
 def some(case: str, *shape: int) -> Tensor:
@@ -61,33 +59,6 @@ def test_the_flags_default_to_the_notes_values():
     assert (args.senior, args.backbone) == ("resnet101", "resnet50")
     assert not args.ramp
     assert segkc.parse_args(["--junior", "resnet34"]).backbone == "resnet34"
-
-
-# ------------------------------------------------------------------------------------- CutMix
-
-
-@pytest.mark.parametrize("b", [2, 4, 6])
-def test_the_partner_is_always_another_image(b: int):
-    image = torch.arange(b).float()[:, None, None, None].expand(b, 2, 5, 4)
-    everything = torch.ones(b, 5, 4, dtype=torch.bool)
-    partner = segkc.cutmix(image, everything)[:, 0, 0, 0].long().tolist()
-    assert sorted(partner) == list(range(b)), "no permutation"
-    assert all(p != i for i, p in enumerate(partner)), "an image is its own partner"
-    assert torch.equal(segkc.cutmix(image, ~everything), image)
-
-
-@pytest.mark.parametrize("kind", ["image", "label", "valid"])
-def test_cutmix_pastes_the_partners_box(kind: str):
-    boxes = torch.tensor([[0, 0, 3, 9], [2, 1, 8, 5], [0, 0, 0, 0], [4, 3, 8, 9]])
-    box = torch.zeros(4, 8, 9, dtype=torch.bool)
-    for b, (top, left, bottom, right) in enumerate(boxes.tolist()):
-        box[b, top:bottom, left:right] = True
-    t = draw(4, 3, 8, 9)
-    t = {"image": t, "label": t[:, 0].round().long(), "valid": t[:, 0] > 0}[kind]
-    whole = torch.ones(4, 1, 1, dtype=torch.bool)
-    partner = segkc.cutmix(torch.arange(4)[:, None, None], whole).flatten().tolist()
-    assert torch.equal(segkc.cutmix(t, box), pasted(t, boxes, partner))
-    assert not torch.equal(segkc.cutmix(t, box), t)
 
 
 # ---------------------------------------------------------------------------------- L_cps
@@ -121,9 +92,9 @@ def test_cps_loss(case: str, tau: float, classes: int):
 def cosine_distance(g: Tensor, f: Tensor, valid: Tensor) -> float:
     """Mean of 1 - cos over valid cells; g is resized to f's grid, with aligned corners."""
     b, _, h, w = f.shape
-    (h_g, w_g), total, cells = g.shape[-2:], 0.0, 0
+    (h_g, w_g), total, cells = g.shape[-2:], 0.0, nearest(valid, (h, w))
     for k, i, j in np.ndindex(b, h, w):
-        if not valid[k, i * valid.shape[1] // h, j * valid.shape[2] // w]:
+        if not cells[k, i, j]:
             continue
         y, x = (p * (s - 1) / (n - 1) for p, s, n in ((i, h_g, h), (j, w_g, w)))
         at = np.zeros(g.shape[1])
@@ -133,8 +104,7 @@ def cosine_distance(g: Tensor, f: Tensor, valid: Tensor) -> float:
                 at += share * g[k, :, row, col].numpy()
         other = f[k, :, i, j].numpy()
         total += 1 - at @ other / math.sqrt((at @ at) * (other @ other))
-        cells += 1
-    return total / max(cells, 1)
+    return total / max(int(cells.sum()), 1)
 
 
 @pytest.mark.parametrize("case", VALID)
@@ -205,40 +175,15 @@ def test_distillation_moves_the_junior_alone():
 # --------------------------------------------------------------------------- gradient routing
 
 
-class Tiny(nn.Module):
-    """A network of two layers with what segkc asks of one: parts of `width`, a classifier."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.backbone = nn.Conv2d(3, width, 3, stride=4, padding=1)
-        self.backbone.channels = (width, width)
-        self.classifier = nn.Conv2d(width, 4, 1)
-
-    def forward(self, x: Tensor, features: bool = False):
-        f = self.backbone(x).relu()
-        z = bilinear(self.classifier(f), x.shape[-2:])
-        return (z, f, f) if features else z
-
-
-FLAGS = dict(threshold=0.0, temperature=1.0, consult="both", sup_loss="ce", ohem_least=1)
-FLAGS |= dict(lambda_cps=1.0, lambda_feat=0.5, lambda_kd=0.5)
-
-
-def step_of(**changes: object) -> tuple[segkc.Pair, dict, dict[str, Tensor]]:
+def tiny_step(**changes: object) -> tuple[segkc.Pair, dict, dict[str, Tensor]]:
     """segkc_step on tiny networks and random images: the Pair, the batch and the terms."""
     torch.manual_seed(0)
     nets = {"junior": Tiny(5), "senior": Tiny(6)}
-    pair = segkc.Pair(nets["senior"], nets["junior"])
-    run = SimpleNamespace(
-        autocast=lambda: torch.autocast("cpu", enabled=False), ramp=lambda step: 1.0
-    )
-    every = torch.ones(2, 32, 32, dtype=torch.bool)
-    batch = dict(x=torch.rand(2, 3, 32, 32), u=torch.rand(2, 3, 32, 32), order=[0, 1, 2, 3])
-    batch |= dict(y=torch.randint(0, 4, (2, 32, 32)), x_valid=every, u_valid=every)
-    batch |= dict(box=torch.tensor([[[0, 0, 20, 20], [8, 8, 30, 31]]] * 2))
-    batch["strong"] = torch.tensor([1.3, 0.7, 1.2, 0.1, 0.0, 0.8]).repeat(2, 2, 1)
-    args = SimpleNamespace(**(FLAGS | changes))
-    return pair, batch, segkc.segkc_step(args, run, nets, pair, batch, 0)
+    flags = dict(threshold=0.0, temperature=1.0, consult="both", sup_loss="ce", ohem_share=0.1)
+    flags |= dict(lambda_cps=1.0, lambda_feat=0.5, lambda_kd=0.5)
+    args = SimpleNamespace(**(flags | changes))
+    pair, batch = segkc.Pair(nets["senior"], nets["junior"], args.consult), tiny_batch()
+    return pair, batch, segkc.segkc_step(args, nets, pair, NO_AMP, batch, 1.0)
 
 
 ALL = {"senior.backbone", "senior.classifier", "junior.backbone", "junior.classifier"}
@@ -254,12 +199,8 @@ LEARNERS = {  # who learns from a term; the sum of all others' gradients is exac
 
 @pytest.mark.parametrize("term", LEARNERS)
 def test_gradients_flow_where_the_note_says(term: str):
-    pair, _, terms = step_of()
-    terms[term].backward()
-    for part in ALL:
-        gradients = [p.grad for p in pair.get_submodule(part).parameters()]
-        learns = any(g is not None and g.any() for g in gradients)
-        assert learns == (part in LEARNERS[term]), part
+    pair, _, terms = tiny_step()
+    assert learners(terms[term], {part: pair.get_submodule(part) for part in ALL}) == LEARNERS[term]
 
 
 def test_cps_pairs_each_network_with_the_others_pseudo_labels(monkeypatch):
@@ -270,19 +211,11 @@ def test_cps_pairs_each_network_with_the_others_pseudo_labels(monkeypatch):
         return original(z, y_hat, c, valid, tau)
 
     monkeypatch.setattr(segkc, "cps_loss", record)
-    pair, batch, terms = step_of()
+    pair, batch, terms = tiny_step()
     boxes, u = batch["box"][0], standardized(batch["u"])
     found = []
     for z, y_hat, c in calls:
-        learners = {"senior": pair.senior, "junior": pair.junior}
-        (name,) = (
-            n
-            for n, net in learners.items()
-            if torch.autograd.grad(
-                z.sum(), net.classifier.weight, retain_graph=True, allow_unused=True
-            )[0]
-            is not None
-        )
+        (name,) = learners(z.sum(), {"senior": pair.senior, "junior": pair.junior})
         found.append(name)
         other = pair.junior if name == "senior" else pair.senior
         p = other(u).softmax(1)
@@ -299,7 +232,7 @@ def test_cps_pairs_each_network_with_the_others_pseudo_labels(monkeypatch):
 )
 def test_total_loss_and_the_flags(consult: str, j2s: int, s2j: int):
     changes = dict(consult=consult, lambda_cps=0.3, lambda_feat=0.7, lambda_kd=1.1)
-    *_, t = step_of(**changes)
+    *_, t = tiny_step(**changes)
     t = {k: v.item() for k, v in t.items()}
     mine = t["L_sup"] + 0.3 * t["L_cps"] + 1.1 * t["L_kd"]
     mine += 0.7 * (j2s * t["L_j2s"] + s2j * t["L_s2j"]) / 2
@@ -309,7 +242,7 @@ def test_total_loss_and_the_flags(consult: str, j2s: int, s2j: int):
 def test_pair_projects_each_network_to_the_others_width():
     torch.manual_seed(0)
     senior, junior = Tiny(6), Tiny(5)
-    pair, x = segkc.Pair(senior, junior), torch.rand(2, 3, 16, 16)
+    pair, x = segkc.Pair(senior, junior, "both"), torch.rand(2, 3, 16, 16)
     (z_s, f_s, g_s), (z_j, f_j, g_j) = pair(x)
     for net, z, f in ((senior, z_s, f_s), (junior, z_j, f_j)):
         torch.testing.assert_close(f, net.backbone(x).relu())
@@ -341,13 +274,13 @@ def distance(g: Tensor, f: Tensor, valid: Tensor) -> Tensor:
 
 
 def two_steps(
-    args: object, batches: list[dict], senior: nn.Module, junior: nn.Module, to_j, to_s
+    args: object, batches: list[dict], nets: dict[str, nn.Module]
 ) -> list[dict[str, float]]:
-    """The note's steps 1 to 8, twice; trains the networks. B = 2; to_j projects the senior's f.
+    """The note's steps 1 to 8, twice; trains the networks. B = 2.
 
     Leaves a threshold in `args` that half of the less confident network's pixels reach.
     """
-    lines, velocity, swap = [], None, [1, 0]
+    lines, velocity, swap, (senior, junior, *projections) = [], None, [1, 0], nets.values()
     for step, batch in enumerate(batches):
         x, u, y = standardized(batch["x"]), standardized(batch["u"]), batch["y"]
         u1 = standardized(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
@@ -371,16 +304,20 @@ def two_steps(
         z_s, z_j, f_s, f_j = of_s["z"], of_j["z"], of_s["deep"], of_j["deep"]
         t = {"L_sup": (supervised(z_s[:2], y) + supervised(z_j[:2], y)) / 2}
         t["L_cps"] = (ce_sum(z_s[2:], y_j, keep_j) + ce_sum(z_j[2:], y_s, keep_s)) / n / 2
-        t["L_j2s"], t["L_s2j"] = distance(to_j(f_s), f_j, valid), distance(to_s(f_j), f_s, valid)
+        t["L_j2s"], t["L_s2j"] = torch.zeros(2)
+        if "project_s" in nets:
+            t["L_j2s"] = distance(nets["project_s"](f_s), f_j, valid)
+        if "project_j" in nets:
+            t["L_s2j"] = distance(nets["project_j"](f_j), f_s, valid)
         t["L_kd"] = kl_sum(z_s[2:].detach(), z_j[2:], valid_u, args.temperature) / n
-        feat = {"both": t["L_j2s"] + t["L_s2j"], "j2s": t["L_j2s"], "s2j": t["L_s2j"]}
-        semi = args.lambda_cps * t["L_cps"] + args.lambda_feat * feat[args.consult] / 2
-        semi = semi + args.lambda_kd * t["L_kd"]
+        semi = args.lambda_cps * t["L_cps"] + args.lambda_kd * t["L_kd"]
+        semi = semi + args.lambda_feat * (t["L_j2s"] + t["L_s2j"]) / 2
         ramp = step / (args.ramp * args.iters) if args.ramp else 1
         t["loss"] = t["L_sup"] + ramp * semi
         t["loss"].backward()
         parts = [split_parameters(net) for net in (senior, junior)]
-        heads = [*parts[0][1], *parts[1][1], *to_j.parameters(), *to_s.parameters()]
+        heads = parts[0][1] + parts[1][1]
+        heads += [p for projection in projections for p in projection.parameters()]
         groups = [(parts[0][0], 1), (parts[1][0], 1), (heads, args.head_lr_mult)]
         velocity = sgd(args, groups, step, velocity)
         line = {k: v.item() for k, v in t.items()}
@@ -400,10 +337,12 @@ def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
     args.threshold, batches = None, find_seed(args)
     torch.manual_seed(args.seed)
     junior, senior = (network(name) for name in ("resnet18", other))
-    to_j, to_s = (nn.Conv2d(512, 512, 1) for _ in range(2))
-    nets = {"senior": senior, "junior": junior, "project_s": to_j, "project_j": to_s}
+    nets = {"senior": senior, "junior": junior}
+    for name, direction in (("project_s", "j2s"), ("project_j", "s2j")):  # no other is there
+        if args.consult in ("both", direction):
+            nets[name] = nn.Conv2d(512, 512, 1)
     begin = {n: copy.deepcopy(net.state_dict()) for n, net in nets.items()}
-    mine = two_steps(args, batches, senior, junior, to_j, to_s)
+    mine = two_steps(args, batches, nets)
 
     argv += ["--threshold", str(args.threshold), "--seed", str(args.seed)]
     lines, latest, best = run_main(segkc, argv, tmp_path)
@@ -426,21 +365,3 @@ def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
     assert best["net"].keys() == junior.state_dict().keys()
     tensors = [v for v in best.values() if isinstance(v, Tensor)]
     assert not tensors, "best.pt holds tensors beside the network"
-
-
-def test_labeled_only_trains_the_junior(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHAPES_VAL", 2)
-    argv = [*TINY, "--labeled-only", "--iters", "1"]
-    args = segkc.parse_args(argv)
-    torch.manual_seed(args.seed)
-    net = network(args.backbone)
-    torch.save(net.backbone.state_dict(), tmp_path.with_suffix(".pth"))
-    argv += ["--weights", str(tmp_path.with_suffix(".pth"))]  # the senior, another net, needs none
-    begin, batch = copy.deepcopy(net.state_dict()), batches_of(args)[0]
-    loss = supervised(look(net, standardized(batch["x"]))["z"], batch["y"])
-    loss.backward()
-    backbone, head = split_parameters(net)
-    sgd(args, [(backbone, 1), (head, args.head_lr_mult)], 0, None)
-    lines, latest, best = run_main(segkc, argv, tmp_path)
-    assert lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert_same_update(begin, net.state_dict(), best["net"])
