@@ -33,6 +33,22 @@ def draw(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(size=shape) * scale)
 
 
+PADDINGS = ("all", "none", "rectangles", "ragged")
+
+
+def padded(case: str, b: int, h: int, w: int) -> Tensor:
+    """Valid maps [B, H, W]: all, none, cut by rectangles as in training, or ragged."""
+    valid = torch.full((b, h, w), case != "none")
+    if case == "rectangles":
+        for k in range(b):
+            valid[k, h - (k * h) // b :] = False
+            valid[k, :, : (k * w) // (b + 1)] = False
+    elif case == "ragged":
+        valid[:] = torch.from_numpy(np.random.default_rng(1).random((b, h, w)) < 0.6)
+        valid[0, : h // 2, : w // 2] = False
+    return valid
+
+
 # -------------------------------------------------------------------------------------- ranks
 
 
