@@ -160,16 +160,22 @@ def learners(loss: Tensor, modules: dict[str, nn.Module]) -> set[str]:
     return found
 
 
-def look(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """A forward pass by hooks: z_4 and f of decoder size, the last map `deep`, z of full size."""
+def look(net: nn.Module, x: Tensor, amp: str = "off") -> dict[str, Tensor]:
+    """A forward pass by hooks: z_4 and f of decoder size, the last map `deep`, z of full size.
+
+    Float32 whatever `amp`, which rounds inside the network alone.
+    """
     seen = {}
     hooks = [
         net.classifier.register_forward_hook(lambda m, i, o: seen.update(f=i[0], z_4=o)),
         net.backbone.register_forward_hook(lambda m, i, o: seen.update(deep=o[-1])),
     ]
-    net(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+        net(x)
     for hook in hooks:
         hook.remove()
+    assert (seen["z_4"].dtype == torch.float32) == (amp == "off")
+    seen = {name: t.float() for name, t in seen.items()}
     return seen | {"z": bilinear(seen["z_4"], x.shape[-2:])}
 
 

@@ -340,7 +340,8 @@ VARIANTS = {
     "students only, padding kept": "--fa students --keep-padding --iters 1 --threshold 0 "
     "--threshold-ss 0 --teacher-mode train",
     "no augmentation": "--fa none --ramp 1 --threshold 0 --threshold-ss 0 --teacher-mode train",
-    "teachers in eval mode": "--fa none --threshold 0 --threshold-ss 0 --teacher-mode eval",
+    "teachers in eval mode, bf16": "--fa none --threshold 0 --threshold-ss 0 --teacher-mode eval "
+    "--amp bf16",
 }
 
 
@@ -372,10 +373,12 @@ def first_steps(
                     theirs.copy_(keep * theirs + (1 - keep) * mine)
                 if args.teacher_mode == "eval":
                     teacher.load_state_dict(student.state_dict() | dict(teacher.named_parameters()))
-                weak = look(teacher.train(args.teacher_mode == "train"), torch.cat([x, u]))
+                weak = look(
+                    teacher.train(args.teacher_mode == "train"), torch.cat([x, u]), args.amp
+                )
                 z_t.append(torch.cat([weak["z_4"][:2], mixed(weak["z_4"][2:], m)]))
                 f_t.append(torch.cat([weak["f"][:2], mixed(weak["f"][2:], m)]))
-        both = [look(s, torch.cat([x, mixed(u1, m)])) for s in students]
+        both = [look(s, torch.cat([x, mixed(u1, m)]), args.amp) for s in students]
         z_s, f_s = ([b[k] for b in both] for k in ("z_4", "f"))
         sup = [supervised(bilinear(z[:2], y.shape[-2:]), y) for z in z_s]
 

@@ -112,7 +112,7 @@ VARIANTS = {
         "resnet18",
         "--consult j2s --temperature 2 --lambda-cps 2 --lambda-feat 3 --lambda-kd 0.25",
     ),
-    "two of a kind": ("resnet18", "--consult s2j --ramp 1"),
+    "two of a kind, bf16": ("resnet18", "--consult s2j --ramp 1 --amp bf16"),
 }
 
 
@@ -142,7 +142,7 @@ def two_steps(
         for net in (senior, junior):
             net.eval()
             with torch.no_grad():
-                p = look(net, u)["z"].softmax(1)
+                p = look(net, u, args.amp)["z"].softmax(1)
             net.train()
             targets.append((pasted(p.argmax(1), box, swap), pasted(p.amax(1), box, swap)))
         (y_s, c_s), (y_j, c_j) = targets
@@ -151,15 +151,17 @@ def two_steps(
         keep_s, keep_j = (valid_u & (c >= args.threshold) for c in (c_s, c_j))
 
         both = torch.cat([x, u_mix])
-        of_s, of_j = look(senior, both), look(junior, both)
+        of_s, of_j = look(senior, both, args.amp), look(junior, both, args.amp)
         z_s, z_j, f_s, f_j = of_s["z"], of_j["z"], of_s["deep"], of_j["deep"]
         t = {"L_sup": (supervised(z_s[:2], y) + supervised(z_j[:2], y)) / 2}
         t["L_cps"] = (ce_sum(z_s[2:], y_j, keep_j) + ce_sum(z_j[2:], y_s, keep_s)) / n / 2
         t["L_j2s"], t["L_s2j"] = torch.zeros(2)
-        if "project_s" in nets:
-            t["L_j2s"] = distance(nets["project_s"](f_s), f_j, valid)
-        if "project_j" in nets:
-            t["L_s2j"] = distance(nets["project_j"](f_j), f_s, valid)
+        ways = (("L_j2s", "project_s", f_s, f_j), ("L_s2j", "project_j", f_j, f_s))
+        for term, name, own, other in ways:
+            if name in nets:
+                with torch.autocast("cpu", torch.bfloat16, enabled=args.amp == "bf16"):
+                    own = nets[name](own)
+                t[term] = distance(own.float(), other, valid)
         t["L_kd"] = kl_sum(z_s[2:].detach(), z_j[2:], valid_u, args.temperature) / n
         semi = args.lambda_cps * t["L_cps"] + args.lambda_kd * t["L_kd"]
         semi = semi + args.lambda_feat * (t["L_j2s"] + t["L_s2j"]) / 2

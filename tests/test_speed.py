@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    NO_AMP,
     PADDINGS,
     TINY,
+    Tiny,
     assert_same_update,
     between,
     ce_sum,
@@ -26,6 +28,7 @@ from helpers import (
     split_parameters,
     standardized,
     supervised,
+    tiny_batch,
 )
 from torch import Tensor
 
@@ -108,6 +111,31 @@ def test_pick_view_takes_the_view_of_higher_or_lower_entropy_or_the_coins():
         assert tossed[place].item() is (coin[place].item() < 0.5)
 
 
+def test_coins_are_of_their_own_seed_step_and_position():
+    """An absolute value, too: a fault in the stream can be the same on all ranks."""
+    coins = speed.draw_coins(0, 5, [0, 1, 2, 3], 4)
+    assert torch.equal(speed.draw_coins(0, 5, [2, 3], 4), coins[2:]), "a rank draws others"
+    others = [speed.draw_coins(1, 5, [0], 4), speed.draw_coins(0, 6, [0], 4)]
+    every = torch.cat([coins, *others])
+    assert len(every.unique()) == every.numel(), "images, steps or seeds share coins"
+    assert coins[1, 0, :3].tolist() == pytest.approx([0.0956006, 0.2890006, 0.9671795])
+
+
+def test_the_step_tosses_by_the_place_in_the_global_batch(monkeypatch):
+    args, batch = speed.parse_args([*TINY, "--pick", "random"]), tiny_batch()
+    batch |= dict(step=5, positions=[2, 3])
+    coins, original = [], speed.pick_view
+
+    def record(h_1: Tensor, h_2: Tensor, pick: str, coin: Tensor) -> Tensor:
+        coins.append(coin)
+        return original(h_1, h_2, pick, coin)
+
+    monkeypatch.setattr(speed, "pick_view", record)
+    net = Tiny(5)
+    speed.speed_step(args, net, net, NO_AMP, batch, 1.0)
+    assert torch.equal(coins[0], speed.draw_coins(args.seed, 5, [2, 3], 4))
+
+
 @pytest.mark.parametrize("pick", ["max", "min", "random"])
 def test_a_cell_of_padding_never_wins(pick: str):
     """Cells that are empty in view 1, in view 2, in both, in none."""
@@ -158,9 +186,7 @@ def relation_oracle(f_t: Tensor, f_m: Tensor, valid: Tensor, sharp: float = 0.1)
 
 
 @pytest.mark.parametrize("case", PADDINGS)
-@pytest.mark.parametrize(
-    ("h", "w"), [(64, 64), (32, 80), (16, 16), (72, 49)]
-)
+@pytest.mark.parametrize(("h", "w"), [(64, 64), (32, 80), (16, 16), (72, 49)])
 def test_relation_loss(case: str, h: int, w: int):
     valid, cells = padded(case, 3, h, w), ((h + 3) // 4, (w + 3) // 4)
     f_t, f_m = draw(3, 6, *cells) + 0.5, draw(3, 6, *cells, seed=1) + 0.5  # as after a ReLU
@@ -192,7 +218,7 @@ VARIANTS = {
     "all flags": "--pick min --grid 3 --temperature 2 --lambda-u 0.5 --alpha 2 --beta 3 "
     "--feature-temperature 0.5",
     "random, no CutMix": "--pick random --no-host-cutmix --ramp 1",
-    "no EntropyMix": "--no-entropy-mix",
+    "no EntropyMix, bf16": "--no-entropy-mix --amp bf16",
 }
 
 
@@ -215,7 +241,8 @@ def two_steps(
 
         net.eval()  # step 2
         with torch.no_grad():
-            weak, seen = look(net, u), [look(net, v)["z"] for v in views]
+            weak = look(net, u, args.amp)
+            seen = [look(net, v, args.amp)["z"] for v in views]
         net.train()
 
         # steps 3: everything cut per view, at its own stride; features by the nearest pixel
@@ -257,7 +284,7 @@ def two_steps(
             args.threshold = between(c[valid_m])
         keep, count = (c >= args.threshold) & valid_m, int(valid_m.sum())
 
-        both = look(net, torch.cat([x, m]))  # step 6
+        both = look(net, torch.cat([x, m]), args.amp)  # step 6
         z_x, z_m, f_m = both["z"][:2], both["z"][2:], both["f"][2:]
         t = {"L_x": supervised(z_x, y), "L_u": ce_sum(z_m, y_hat, keep) / count}
         t["L_logit"] = kl_sum(z_t, z_m, valid_m, args.temperature) / count
