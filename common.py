@@ -56,7 +56,6 @@ class CNN(nn.Sequential):
     """
 
     grid = 16  # evaluation pads images to the crop modulo this
-    patch = 1  # crops are multiples of this
 
     def __init__(self, name: str, output_stride: int) -> None:
         net = getattr(models, name)(weights=None)
@@ -137,7 +136,7 @@ class Block(nn.Module):
 class DINOv2(nn.Module):
     """Image [B, 3, H, W], H and W multiples of 14, to four maps [B, width, H/14, W/14]."""
 
-    grid = patch = PATCH
+    grid = PATCH
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -249,13 +248,47 @@ def upsample(z: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(z.float(), size, mode="bilinear", align_corners=True)
 
 
+class DeepLabDecoder(nn.Module):
+    """DeepLabV3+ (Chen et al., 2018): ASPP, 48 low-level channels, two 3x3 convolutions.
+
+    Maps to the classifier's input [B, 256, h, w] at stride 4, on DINOv2's patches 14. ASPP is
+    torchvision's without its dropout: a forward has no randomness of its own.
+    """
+
+    def __init__(self, low: int, deep: int, dilation: int) -> None:
+        super().__init__()
+        self.aspp = ASPP(deep, [rate * dilation for rate in (6, 12, 18)], 256)
+        self.aspp.project = self.aspp.project[:3]
+        self.reduce = conv_bn_relu(low, 48, 1)
+        self.fuse = nn.Sequential(conv_bn_relu(256 + 48, 256, 3), conv_bn_relu(256, 256, 3))
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        low = self.reduce(maps[0])
+        deep = upsample(self.aspp(maps[-1]), low.shape[-2:]).to(low.dtype)
+        return self.fuse(torch.cat([deep, low], 1))
+
+
 class Segmenter(nn.Module):
-    """A backbone, `decode`, and a 1x1 classifier; what is not the backbone is the head.
+    """A backbone, a decoder and a 1x1 classifier; what is not the backbone is the head.
 
     `config` is what `build_network` needs to build it again.
     """
 
-    layout = torch.contiguous_format
+    def __init__(self, backbone: str, num_classes: int, output_stride: int, decoder: str) -> None:
+        super().__init__()
+        self.config = dict(backbone=backbone, num_classes=num_classes)
+        self.config.update(output_stride=output_stride, decoder=decoder)
+        self.layout = torch.contiguous_format
+        vit = backbone in DINOV2
+        self.backbone = DINOv2(backbone) if vit else CNN(backbone, output_stride)
+        low = self.backbone.channels[0]
+        deep = self.backbone.channels[-1]
+        if decoder == "dpt":
+            self.decoder = DPTDecoder(deep)
+        else:
+            self.decoder = DeepLabDecoder(low, deep, 1 if vit else 16 // output_stride)
+        width = DPT_WIDTHS[deep][1] if decoder == "dpt" else 256
+        self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def place(self, device: torch.device) -> "Segmenter":
         """Moves the network to a device, in the memory layout that trains faster there.
@@ -271,7 +304,7 @@ class Segmenter(nn.Module):
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image [B, 3, H, W] to logits z [B, C, h, w], the classifier's input f, the last map."""
         maps = self.backbone(x.contiguous(memory_format=self.layout))
-        f = self.decode(maps)
+        f = self.decoder(maps)
         return self.classifier(f), f, maps[-1]
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -282,46 +315,8 @@ class Segmenter(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Every trained parameter that is not the backbone's."""
-        heads = [part for name, part in self.named_children() if name != "backbone"]
-        return [p for part in heads for p in part.parameters() if p.requires_grad]
-
-
-class DeepLabV3Plus(Segmenter):
-    """DeepLabV3+ (Chen et al., 2018): ASPP, 48 low-level channels, two 3x3 convolutions.
-
-    f is [B, 256, h, w] at stride 4, on DINOv2's patches 14. ASPP is torchvision's without its
-    dropout: a forward has no randomness of its own.
-    """
-
-    def __init__(self, backbone: str, num_classes: int, output_stride: int = 16) -> None:
-        super().__init__()
-        self.config = dict(backbone=backbone, num_classes=num_classes, output_stride=output_stride)
-        vit = backbone in DINOV2
-        self.backbone = DINOv2(backbone) if vit else CNN(backbone, output_stride)
-        low, deep = self.backbone.channels[0], self.backbone.channels[-1]
-        dilation = 1 if vit else 16 // output_stride
-        self.aspp = ASPP(deep, [r * dilation for r in (6, 12, 18)], 256)
-        self.aspp.project = self.aspp.project[:3]
-        self.reduce = conv_bn_relu(low, 48, 1)
-        self.fuse = nn.Sequential(conv_bn_relu(256 + 48, 256, 3), conv_bn_relu(256, 256, 3))
-        self.classifier = nn.Conv2d(256, num_classes, 1)
-
-    def decode(self, maps: list[Tensor]) -> Tensor:
-        low = self.reduce(maps[0])
-        deep = upsample(self.aspp(maps[-1]), low.shape[-2:]).to(low.dtype)
-        return self.fuse(torch.cat([deep, low], 1))
-
-
-class DPT(Segmenter):
-    """DINOv2 with the DPT decoder; f is [B, 64, 8h, 8w] for h x w patches, 128 of ViT-B."""
-
-    def __init__(self, backbone: str, num_classes: int) -> None:
-        super().__init__()
-        self.config = dict(backbone=backbone, num_classes=num_classes, decoder="dpt")
-        self.backbone = DINOv2(backbone)
-        width = self.backbone.channels[-1]
-        self.decode = DPTDecoder(width)
-        self.classifier = nn.Conv2d(DPT_WIDTHS[width][1], num_classes, 1)
+        heads = [*self.decoder.parameters(), *self.classifier.parameters()]
+        return [p for p in heads if p.requires_grad]
 
 
 def build_network(
@@ -330,11 +325,9 @@ def build_network(
     """The network of --backbone, --output-stride and --decoder, or of a best.pt's `config`."""
     if backbone not in BACKBONES:
         raise InputError(f"backbone {backbone!r}: unknown; one of {', '.join(BACKBONES)}")
-    if decoder == "deeplab":
-        return DeepLabV3Plus(backbone, num_classes, output_stride)
-    if backbone not in DINOV2:
+    if decoder == "dpt" and backbone not in DINOV2:
         raise InputError(f"--decoder dpt: needs a DINOv2 backbone, not {backbone}; use deeplab")
-    return DPT(backbone, num_classes)
+    return Segmenter(backbone, num_classes, output_stride, decoder)
 
 
 # ------------------------------------------------------------------------------------- weights
@@ -344,19 +337,18 @@ def load_checkpoint(path: Path) -> dict:
     """A dict of tensors and plain values, never code; InputError on anything else."""
     # beside tensors, files hold flags and numbers: these types do nothing when they are read
     scalar = np.float64(0).__reduce__()[0]
-    names = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    safe = [argparse.Namespace, np.dtype]
+    safe += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    safe += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, np.dtype, *names, *kinds]):
+        with torch.serialization.safe_globals(safe):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001 - the readers raise all kinds on broken bytes
         kind = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(e))
-        reason = str(e).strip().splitlines() or [type(e).__name__]
-        why = f"holds a {kind[1]}" if kind else reason[0].split(". ")[0]
-        remedy = "give another file, or save its state_dict alone"
-        raise InputError(f"{path}: no loadable checkpoint ({why}); {remedy}") from None
+        why = f"holds a {kind[1]}" if kind else f"{type(e).__name__}: {e}".splitlines()[0]
+        raise InputError(f"{path}: no loadable checkpoint ({why}); give a state_dict") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}, no state dict; give another")
+        raise InputError(f"{path}: holds a {type(found).__name__}; give a state_dict")
     return found
 
 
@@ -369,51 +361,45 @@ def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | N
     """
     if weights == "none":
         return f"{name}: random weights"
-    found = _download_weights(name) if weights == "imagenet" else load_checkpoint(Path(weights))
+    found = download_weights(name) if weights == "imagenet" else load_checkpoint(Path(weights))
     if classes and found.get("classes") == classes and found.get("config") == net.config:
         with contextlib.suppress(KeyError, RuntimeError):  # else its backbone, or say what is wrong
             net.load_state_dict(found["net"])
             return f"{name}: weights {weights}: the whole network of step {found.get('step')}"
     own = net.backbone.state_dict()
-    state = _find_backbone(found, own)
-    same = {k: v for k, v in state.items() if k in own and _shape(v) == own[k].shape}
+    state = find_backbone(found, own)
+    same = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     missing = [k for k in own if k not in same and not k.endswith("num_batches_tracked")]
     others = [k for k in state if k not in own]
-    line = f"{name}: weights {weights}: {len(same)} keys matched, {len(missing)} missing"
-    line += f", {len(others)} unexpected"
+    line = f"{name}: weights {weights}: {len(same)} keys matched"
+    line += f", {len(missing)} missing, {len(others)} unexpected"
     stages = {key.split(".")[0] for key in own}
     # a classifier's have other first names, and none is a bare tensor like a ViT's register_tokens
     wrong = missing + [k for k in others if "." not in k or k.split(".")[0] in stages]
     if wrong:
-        key = wrong[0]
-        sizes = [tuple(_shape(v[key])) for v in (state, own) if key in v]
+        sizes = [tuple(v[wrong[0]].shape) for v in (state, own) if wrong[0] in v]
         what = f"has shapes {sizes}" if len(sizes) == 2 else f"is only in one of them, {sizes}"
-        raise InputError(f"{line}; {key} {what}: another architecture; give a file of {name}")
+        raise InputError(f"{line}; {wrong[0]} {what}: another architecture; give a file of {name}")
     net.backbone.load_state_dict(same, strict=False)
     return line
 
 
-def _shape(value: object) -> tuple[int, ...]:
-    return getattr(value, "shape", ())
-
-
-def _find_backbone(found: dict, own: dict[str, Tensor]) -> dict:
+def find_backbone(found: dict, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of `found`, or of a dict in it, that match most keys of `own`, prefix removed."""
     first = next(iter(own))
-    best: dict = {}
+    parts = []
     dicts = [found]
     for state in dicts:
         dicts += [value for value in state.values() if isinstance(value, dict)]
         named = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        prefixes = {k.removesuffix(first) for k in named if k.endswith(first)}
-        for prefix in sorted(prefixes) or [""]:
+        prefixes = {k.removesuffix(first) for k in named if k.endswith(first)} or {""}
+        for prefix in sorted(prefixes):
             part = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
-            if len(part.keys() & own.keys()) > len(best.keys() & own.keys()) or not best:
-                best = part
-    return best
+            parts.append(part)
+    return max(parts, key=lambda part: len(part.keys() & own.keys()))
 
 
-def _download_weights(name: str) -> dict:
+def download_weights(name: str) -> dict:
     """The published file of a backbone; torch.hub keeps it."""
     try:
         if name in DINOV2:
@@ -439,20 +425,13 @@ def pick_device(local: int) -> torch.device:
     """The GPU of local rank `local`, or the CPU where there is none; RunError for a missing GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local >= count:
-        what = f"LOCAL_RANK {local}: no such GPU, this process sees {count}"
-        remedy = "give a lower --nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks"
-        raise RunError(f"{what}; {remedy}")
+    if local >= torch.cuda.device_count():
+        what = f"LOCAL_RANK {local}: no such GPU, this process sees {torch.cuda.device_count()}"
+        raise RunError(f"{what}; lower --nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks")
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     return device
-
-
-def amp_dtype(amp: str) -> torch.dtype:
-    """The dtype of --amp."""
-    return torch.float16 if amp == "fp16" else torch.bfloat16
 
 
 def rank_sum(t: Tensor) -> Tensor:
@@ -538,8 +517,8 @@ def predict(net: Segmenter, image: Tensor, settings: argparse.Namespace) -> Tens
     Whole image: logits. eval_mode "slide": mean softmax of windows of crop_size, 2/3 of it apart,
     the last one shifted inside. Precision is by settings.amp.
     """
-    amp = settings.amp
-    with torch.autocast(image.device.type, amp_dtype(amp), enabled=amp != "off"):
+    dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
+    with torch.autocast(image.device.type, dtype, enabled=settings.amp != "off"):
         if settings.eval_mode == "whole":
             return net(image)
         height, width = image.shape[-2:]
@@ -591,17 +570,15 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Confusion matrices [C, C] of networks over the val images, each once over all ranks.
 
-    Batches are made of the whole set, then dealt to the ranks: as their content does not depend
-    on the number of ranks, neither does rounding. Each network sees images padded to its own grid,
-    so that its score does not depend on its partners, and to a size congruent to the crop: with
-    aligned corners, cells then lie as far apart as they did in training.
+    Batches do not depend on the number of ranks, so neither does rounding. Images are padded to
+    each network's own grid, to a size congruent to the crop: with aligned corners, cells then lie
+    as far apart as in training. Networks are left in train mode.
     """
     rank, world = rank_world()
     classes = len(split.classes)
     total = {n: torch.zeros(classes, classes, dtype=torch.int64, device=device) for n in nets}
     tuning = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False  # it would tune anew for each size
-    modes = {net: net.training for net in nets.values()}
     for grid in {net.backbone.grid for net in nets.values()}:
         alike = {name: net.eval() for name, net in nets.items() if net.backbone.grid == grid}
         batches = data.ValBatches(split.val, classes, grid, args.crop_size)
@@ -609,8 +586,8 @@ def evaluate(
             for name, net in alike.items():
                 prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
                 total[name] += confusion_matrix(prediction, batch["label"], classes)
-    for net, mode in modes.items():
-        net.train(mode)
+    for net in nets.values():
+        net.train()
     torch.backends.cudnn.benchmark = tuning
     return {name: rank_sum(t) for name, t in total.items()}
 
@@ -628,17 +605,6 @@ def predict_image(net: Segmenter, image: Image.Image, settings: argparse.Namespa
     return label.byte().cpu().numpy()
 
 
-def save_prediction(image: Image.Image, label: np.ndarray, folder: Path, name: str) -> None:
-    """<name>.png holds class ids [H, W], <name>_overlay.png the RGB image under their colours."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(label).save(folder / f"{name}.png")
-        colors = Image.fromarray(data.palette()[label])
-        Image.blend(image, colors, 0.5).save(folder / f"{name}_overlay.png")
-    except OSError as e:
-        raise RunError(f"{folder}: cannot be written ({e.strerror}); free space") from None
-
-
 def load_best(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[Segmenter, list[str], argparse.Namespace]:
@@ -653,72 +619,85 @@ def load_best(
         settings = argparse.Namespace(**saved["eval"])
         classes = list(saved["classes"])
     except (InputError, AttributeError, KeyError, RuntimeError, TypeError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(f"{path}: no best.pt of ours ({reason}); give one") from None
+        why = str(e).splitlines()[0]
+        raise InputError(f"{path}: no best.pt of ours ({why}); give one") from None
     return net.place(torch.device(device)).eval(), classes, settings
 
 
 def test(args: argparse.Namespace, device: torch.device) -> None:
-    """--test-only: the val images of --dataset, or --predict; on rank 0, an image a forward."""
+    """--test-only: evaluates a best.pt on the val images, or predicts --predict; on rank 0.
+
+    An unreadable picture of --predict is named, and the exit status then is 1.
+    """
     net, classes, _ = load_best(args.test_only, device)
-    check_crop(net, args.crop_size)
     if rank_world()[0] > 0:
         return
-    if args.predict:
-        predict_pictures(net, args)
-        return
-    source = data.load_source(args.dataset, args.root)
-    if classes != source.classes:
-        counts = f"its {len(classes)} classes are not the {len(source.classes)} of {args.dataset}"
-        raise InputError(f"{args.test_only}: {counts}; evaluate it on its own data set")
+    items = list_pictures(args) if args.predict else list_val(args, classes)
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    for item in tqdm(source.val, unit="image", disable=None):
-        image = data.read_image(item)
-        truth = torch.from_numpy(np.array(data.read_mask(item, image.size, len(classes))))
+    unreadable = 0
+    for item in tqdm(items, unit="image", disable=None):
+        try:
+            image = data.read_image(item)
+        except InputError as e:
+            if not args.predict:
+                raise
+            print(f"error: {e}", file=sys.stderr)
+            unreadable += 1
+            continue
         label = predict_image(net, image, args)
-        confusion += confusion_matrix(torch.from_numpy(label), truth.long(), len(classes))
         if args.save_predictions:
             save_prediction(image, label, args.save_predictions, item.id)
-    miou, iou = iou_of(confusion)
-    for name, value in zip(classes, iou, strict=True):
+        if not args.predict:
+            truth = np.array(data.read_mask(item, image.size, len(classes)), np.int64)
+            truth = torch.from_numpy(truth)
+            confusion += confusion_matrix(torch.from_numpy(label), truth, len(classes))
+    if args.predict:
+        print(f"{args.save_predictions}: {len(items) - unreadable} predicted")
+        raise SystemExit(int(unreadable > 0))
+    miou, values = iou_of(confusion)
+    iou = dict(zip(classes, values, strict=True))
+    for name, value in iou.items():
         print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
-    note = absent_note(dict(zip(classes, iou, strict=True)))
     how = f"{net.config['backbone']}, {args.eval_mode}, amp {args.amp}"
-    print(f"mIoU {miou:.2f}{note} on {len(source.val)} images · {how} · {args.test_only}")
+    print(f"mIoU {miou:.2f}{absent_note(iou)} on {len(items)} images · {how} · {args.test_only}")
 
 
-def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
-    """--predict: class ids and an overlay of a picture, or of each in a folder, upright.
+def list_val(args: argparse.Namespace, classes: list[str]) -> list[data.Item]:
+    """The val images of --dataset; InputError unless it has these classes."""
+    source = data.load_source(args.dataset, args.root)
+    if source.classes != classes:
+        counts = f"its {len(classes)} classes are not the {len(source.classes)} of {args.dataset}"
+        raise InputError(f"{args.test_only}: {counts}; evaluate it on its own data set")
+    return source.val
 
-    Names that clash are an InputError; an unreadable picture is named, the exit status then is 1.
-    """
+
+def list_pictures(args: argparse.Namespace) -> list[data.Item]:
+    """The pictures of --predict, a file or a folder; InputError where output would overwrite."""
     pictures = [args.predict]
     if args.predict.is_dir():
-        pictures = sorted(p for p in args.predict.iterdir() if p.is_file())
+        pictures = sorted(p for p in args.predict.iterdir() if p.is_file() and p.name[0] != ".")
     if not pictures or not pictures[0].exists():
         raise InputError(f"--predict {args.predict}: no picture there; give a file or a folder")
     folder = args.save_predictions
     if folder.resolve() == pictures[0].parent.resolve():
         raise InputError(f"--save-predictions {folder}: holds the pictures; give another folder")
-    taken: dict[str, Path] = {}
-    for path in pictures:
-        for name in (path.stem, f"{path.stem}_overlay"):
-            if name in taken:
-                both = f"{taken[name].name} and {path.name} would both be {name}.png"
-                raise InputError(f"{path.parent}: {both}; rename one")
-            taken[name] = path
-    unreadable = 0
-    for path in tqdm(pictures, unit="picture", disable=None):
-        try:
-            image = data.open_picture(path)
-        except InputError as e:
-            print(f"error: {e}", file=sys.stderr)
-            unreadable += 1
-            continue
-        save_prediction(image, predict_image(net, image, args), folder, path.stem)
-    print(f"{folder}: {len(pictures) - unreadable} pictures predicted, {unreadable} unreadable")
-    if unreadable:
-        raise SystemExit(1)
+    names = [f"{path.stem}{end}" for path in pictures for end in ("", "_overlay")]
+    clashes = [name for name in names if names.count(name) > 1]
+    if clashes:
+        what = f"two pictures would both be {clashes[0]}.png"
+        raise InputError(f"{args.predict}: {what}; rename one")
+    return [data.Item(path.stem, path, None) for path in pictures]
+
+
+def save_prediction(image: Image.Image, label: np.ndarray, folder: Path, name: str) -> None:
+    """<name>.png holds class ids [H, W], <name>_overlay.png the RGB image under their colours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(label).save(folder / f"{name}.png")
+        colors = Image.fromarray(data.palette()[label])
+        Image.blend(image, colors, 0.5).save(folder / f"{name}_overlay.png")
+    except OSError as e:
+        raise RunError(f"{folder}: cannot be written ({e.strerror}); free space") from None
 
 
 # --------------------------------------------------------------------------------------- flags
@@ -737,42 +716,50 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     p.set_defaults(method=Path(script).stem, sources=digest, labeled_only=False)
-    a = p.add_argument_group("data").add_argument
-    data.add_flags(a)
-    a("--crop-size", type=STEPS, help="side of the square training crop, pixels")
-    a("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="random scale in training")
-    a("--batch-size", type=STEPS, help="labelled images a step, all ranks; as many unlabelled")
-    a("--workers", type=COUNT, help="loader processes a rank; unset: 4, for shapes 0")
-    a = p.add_argument_group("network").add_argument
-    a("--backbone", choices=BACKBONES, help="encoder")
-    a("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
-    a("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: for DINOv2 alone")
-    a("--output-stride", type=int, choices=(8, 16), default=16, help="of a CNN backbone, pixels")
-    a = p.add_argument_group("optimisation").add_argument
-    a("--epochs", type=STEPS, help="passes over the unlabelled images")
-    a("--iters", type=STEPS, help="steps; overrides --epochs")
-    a("--optimizer", choices=("sgd", "adamw"), help="SGD has momentum 0.9")
-    a("--lr", type=POSITIVE, help="backbone's learning rate at step 0; falls as (1 - t/T)^0.9")
-    a("--head-lr-mult", type=POSITIVE, help="all but the backbone learns this many times faster")
-    a("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
-    a("--sup-loss", choices=("ce", "ohem"), default="ce", help="labelled loss; ohem: hard pixels")
-    a("--ohem-share", type=SHARE, default=0.156, help="of a batch's pixels, kept by OHEM at least")
-    a("--threshold", type=SHARE, help="tau: pseudo-label confidence threshold, 0 to 1")
-    a("--ramp", type=SHARE, help="share of the run in which unlabelled terms grow from 0 to full")
-    a("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 where the GPU has it, else off")
-    a("--compile", action="store_true", help="torch.compile the networks")
-    a("--seed", type=COUNT, default=0, help="of weights, batches and augmentation")
-    a = p.add_argument_group("evaluation and output").add_argument
-    a("--eval-mode", choices=("whole", "slide"), default="whole", help="slide: crop-size windows")
-    a("--eval-every", type=STEPS, help="steps between evaluations; unset: once an epoch")
-    a("--save-every", type=STEPS, help="steps between saves, besides those before evaluations")
-    a("--log-every", type=STEPS, default=20, help="steps that a train line averages over")
-    a("--out", type=Path, help="unset: runs/<script>-<dataset>-<split>-s<seed>")
-    a("--overwrite", action="store_true", help="start anew over what --out holds")
-    a("--resume-edited", action="store_true", help="go on with a run that other sources began")
-    a("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
-    a("--predict", type=Path, metavar="PICTURES", help="a picture or a folder, with --test-only")
-    a("--save-predictions", type=Path, metavar="DIR", help="PNGs, with --test-only")
+    g = p.add_argument_group("data")
+    data.add_flags(g.add_argument)
+    g.add_argument("--crop-size", type=STEPS, help="side of the square training crop, pixels")
+    g.add_argument("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="random scale")
+    g.add_argument("--batch-size", type=STEPS, help="labelled images a step; as many unlabelled")
+    g.add_argument("--workers", type=COUNT, help="loader processes a rank; unset: 4, for shapes 0")
+    g = p.add_argument_group("network")
+    g.add_argument("--backbone", choices=BACKBONES, help="encoder")
+    g.add_argument("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
+    g.add_argument(
+        "--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: for DINOv2"
+    )
+    g.add_argument(
+        "--output-stride", type=int, choices=(8, 16), default=16, help="CNN stride, pixels"
+    )
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=STEPS, help="passes over the unlabelled images")
+    g.add_argument("--iters", type=STEPS, help="steps; overrides --epochs")
+    g.add_argument("--optimizer", choices=("sgd", "adamw"), help="SGD has momentum 0.9")
+    g.add_argument("--lr", type=POSITIVE, help="of the backbone at step 0; falls as (1 - t/T)^0.9")
+    g.add_argument("--head-lr-mult", type=POSITIVE, help="the rest's learning rate over --lr")
+    g.add_argument("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
+    g.add_argument(
+        "--sup-loss", choices=("ce", "ohem"), default="ce", help="ohem: hard pixels only"
+    )
+    g.add_argument("--ohem-share", type=SHARE, default=0.156, help="least share of pixels for OHEM")
+    g.add_argument("--threshold", type=SHARE, help="tau: pseudo-label confidence threshold, 0 to 1")
+    g.add_argument("--ramp", type=SHARE, help="share of the run in which unlabelled terms rise")
+    g.add_argument("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 if the GPU has it")
+    g.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    g.add_argument("--seed", type=COUNT, default=0, help="of weights, batches and augmentation")
+    g = p.add_argument_group("evaluation and output")
+    g.add_argument("--eval-mode", choices=("whole", "slide"), default="whole", help="image at once")
+    g.add_argument("--eval-every", type=STEPS, help="steps between evaluations; unset: an epoch")
+    g.add_argument("--save-every", type=STEPS, help="steps between saves; unset: --eval-every")
+    g.add_argument("--log-every", type=STEPS, default=20, help="steps between log lines")
+    g.add_argument("--out", type=Path, help="unset: runs/<script>-<dataset>-<split>-s<seed>")
+    g.add_argument("--overwrite", action="store_true", help="start anew over what --out holds")
+    g.add_argument("--resume-edited", action="store_true", help="resume despite edited code")
+    g.add_argument("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
+    g.add_argument(
+        "--predict", type=Path, metavar="PICTURES", help="file or folder, with --test-only"
+    )
+    g.add_argument("--save-predictions", type=Path, metavar="DIR", help="PNGs, with --test-only")
     return p
 
 
@@ -789,10 +776,10 @@ def parse(
     if first.test_only and name not in tuple(data.PRESETS):
         raise InputError(f"{first.test_only}: names no data set of ours; give --dataset too")
     dataset = data.find_dataset(name, first.root)
-    preset = data.PRESETS[dataset] | method.get("all", {}) | method.get(dataset, {})
-    backbones = (first.backbone, vars(first).get("senior"))
-    if any(b and b.startswith("dinov2") for b in backbones):
-        preset |= data.DINOV2_PRESETS[dataset]
+    vit = first.backbone in DINOV2 or vars(first).get("senior") in DINOV2
+    preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
+    rate = {"lr": preset["lr"]} if vit else {}  # a script's own is for CNNs
+    preset |= method.get("all", {}) | method.get(dataset, {}) | rate
     if isinstance(saved.get("eval"), dict):  # --test-only: as best.pt was evaluated, unless told
         # as text, which argparse checks like a flag
         preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode", "amp")}
@@ -802,6 +789,10 @@ def parse(
         raise InputError("--save-predictions: goes with --test-only CKPT")
     if args.predict and not args.save_predictions:
         raise InputError("--predict: goes with --test-only CKPT --save-predictions DIR")
+    patch = PATCH if vit else 1
+    if args.crop_size < 32 or args.crop_size % patch:
+        needs = f"give at least 32 pixels, for DINOv2 a multiple of {PATCH}"
+        raise InputError(f"--crop-size {args.crop_size}: {needs}")
     if dataset == "shapes" and not name:
         fetch = f"python data.py --dataset pascal --root {args.root} --download"
         say(f"NOTE: no PASCAL VOC 2012 under {args.root}: this run uses the built-in shapes")
@@ -840,14 +831,6 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
     if args.compile:
         # a part in training, in eval and at each size share one cache, of 8 by default
         torch._dynamo.config.cache_size_limit = 64
-
-
-def check_crop(net: Segmenter, crop: int) -> None:
-    """InputError unless crops, and windows, are of a size that the network takes."""
-    patch = net.backbone.patch
-    if crop < 32 or crop % patch:
-        needs = f"{net.config['backbone']} needs at least 32 pixels and a multiple of {patch}"
-        raise InputError(f"--crop-size {crop}: {needs}, e.g. {-(-max(crop, 32) // patch) * patch}")
 
 
 # ------------------------------------------------------------------------------ the run folder

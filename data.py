@@ -678,7 +678,9 @@ def train_batches(
 ) -> Iterator[dict]:
     """Yields this rank's batches from step `start` on, on the device, see TrainBatches.
 
-    x and u are [b, 3, H, W] float in [0, 1], y is int64, x_valid and u_valid [b, H, W] bool.
+    x and u are [b, 3, H, W] float in [0, 1], y is int64. Made of the rectangles, as bool:
+    x_valid and u_valid [b, H, W], True where a crop holds image; cutmix [V, b, H, W], True where
+    a view is to be its partner's.
     """
     dataset = TrainBatches(split, args, rank, world, unlabeled)
     for batch in _loaded(dataset, range(start, len(dataset)), args.workers, device):
@@ -686,9 +688,17 @@ def train_batches(
             if isinstance(value, Tensor):
                 batch[name] = to_device(value, device)
         batch["y"] = batch["y"].long()
-        for name in ("x", "u") if unlabeled else ("x",):
-            batch[name] = batch[name].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
-            batch[f"{name}_valid"] = rect_mask(batch[f"{name}_rect"], dataset.crop, dataset.crop)
+        rects = [batch["x_rect"]]
+        if unlabeled:
+            rects += [batch["u_rect"], *batch["box"]]
+        masks = rect_mask(torch.cat(rects), dataset.crop, dataset.crop)
+        b = len(batch["x"])
+        batch["x"] = batch["x"].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
+        batch["x_valid"] = masks[:b]
+        if unlabeled:
+            batch["u"] = batch["u"].permute(0, 3, 1, 2).float() / 255
+            batch["u_valid"] = masks[b : 2 * b]
+            batch["cutmix"] = masks[2 * b :].unflatten(0, (-1, b))
         yield batch
 
 
@@ -704,8 +714,10 @@ def rect_mask(rect: Tensor, height: int, width: int) -> Tensor:
 
 
 def normalize(x: Tensor) -> Tensor:
-    """[B, 3, H, W] in [0, 1] to the backbones' zero mean and unit deviation."""
-    return (x - _channels(MEAN, x.device)) / _channels(STD, x.device)
+    """[B, 3, H, W] in [0, 1] to the backbones' zero mean and unit deviation: (x - mean) / std."""
+    offset = tuple(-mean / std for mean, std in zip(MEAN, STD, strict=True))
+    scale = tuple(1 / std for std in STD)
+    return torch.addcmul(_channels(offset, x.device), x, _channels(scale, x.device))
 
 
 @functools.cache  # a copy to the device is made once
@@ -726,50 +738,46 @@ def strong_views(u: Tensor, strong: Tensor, order: list[int]) -> Tensor:
         if op == 0:
             x = (x * brightness).clamp(0, 1)
         elif op == 1:
-            x = _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), contrast)
+            mean = _grey(x).mean((1, 2, 3), keepdim=True)
+            x = torch.lerp(mean, x, contrast).clamp(0, 1)
         elif op == 2:
-            x = _blend(x, _grey(x), saturation)
+            x = torch.lerp(_grey(x), x, saturation).clamp(0, 1)
         else:
             x = _adjust_hue(x, hue)
-    x = torch.where(grey > 0, _grey(x), x)
+    x = torch.lerp(x, _grey(x), grey)  # grey is 0 or 1
     return _gaussian_blur(x, sigma).view(views, b, *u.shape[1:])
 
 
 def _grey(x: Tensor) -> Tensor:
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-
-
-def _blend(x: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
-    return (ratio * x + (1 - ratio) * other).clamp(0, 1)
+    return torch.nn.functional.conv2d(x, _channels((0.2989, 0.587, 0.114), x.device))
 
 
 def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by `shift` of a full circle; HSV's value and chroma stay."""
-    red, green, blue = x.unbind(1)
-    value = x.amax(1)
-    chroma = value - x.amin(1)
+    """Turns the hue of x [B, 3, H, W] by `shift` [B, 1, 1, 1] of a circle; value, chroma stay."""
+    red, green, blue = x.split(1, 1)
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
     c = chroma.clamp_min(1e-12)
     sector = torch.where(
         value == red,
         (green - blue) / c,
         torch.where(value == green, 2 + (blue - red) / c, 4 + (red - green) / c),
     )
-    sector = sector + 6 * shift[:, 0]  # [VB, H, W], a circle is 6
-    k = [(n + sector) % 6 for n in (5, 3, 1)]
-    return torch.stack([value - chroma * torch.minimum(a, 4 - a).clamp(0, 1) for a in k], 1)
+    # a circle is 6 sectors; a channel is at value for 2, falls for 1, at value - chroma for 2
+    k = (sector + 6 * shift + _channels((5.0, 3.0, 1.0), x.device)) % 6  # [B, 3, H, W]
+    return value - chroma * (2 - (k - 2).abs()).clamp(0, 1)
 
 
 def _gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 6) -> Tensor:
     """Separable blur, a sigma per image [B, 1, 1, 1], 0 = none; borders are reflected."""
     k = torch.arange(-radius, radius + 1, device=x.device)
-    weight = torch.exp(-0.5 * (k / sigma.clamp_min(1e-3)) ** 2)  # [B, 1, 1, 2r+1]
-    weight = (weight / weight.sum(-1, keepdim=True)).unbind(-1)
-    for dim, pad in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
-        n, padded = x.shape[dim], torch.nn.functional.pad(x, pad, mode="reflect")
-        x = weight[0][..., None] * padded.narrow(dim, 0, n)
-        for i in range(1, len(weight)):
-            x = torch.addcmul(x, weight[i][..., None], padded.narrow(dim, i, n))
-    return x
+    weight = torch.exp(-0.5 * (k / sigma.clamp_min(1e-3)) ** 2)  # [B, 1, 1, 2 radius + 1]
+    weight = (weight / weight.sum(-1, keepdim=True)).repeat_interleave(3, 0)
+    maps = torch.nn.functional.pad(x, (radius,) * 4, mode="reflect")
+    maps = maps.reshape(1, len(weight), *maps.shape[2:])  # an image's channels are groups
+    maps = torch.nn.functional.conv2d(maps, weight, groups=len(weight))
+    maps = torch.nn.functional.conv2d(maps, weight.transpose(2, 3), groups=len(weight))
+    return maps.view(x.shape)
 
 
 # --------------------------------------------------------------------------- evaluation batches

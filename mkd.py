@@ -34,21 +34,24 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 from common import masked_mean
+from data import SHARE, WEIGHT
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and MKD's own. Weights are the released config's, but on shapes."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
-    a = p.add_argument_group("MKD").add_argument
-    a("--ema", type=common.SHARE, default=0.6, help="upper limit of the teachers' momentum m")
-    a("--lambda-st", type=common.WEIGHT, default=1.5, help="weight of L_st, from the teachers")
-    a("--lambda-ss", type=common.WEIGHT, default=1.0, help="weight of L_ss, between the students")
-    a("--threshold-ss", type=common.SHARE, default=0.0, help="tau of L_ss; --threshold is L_st's")
-    a("--fa", choices=("all", "students", "none"), default="all", help="whose logits are augmented")
-    a("--lambda0", type=common.WEIGHT, default=1.5, help="strength of --fa at the end")
-    a("--keep-padding", action=flag, default=False, help="padding takes part, as in released code")
-    a("--teacher-mode", choices=("train", "eval"), default="train", help="teachers' batch norm")
+    g = p.add_argument_group("MKD")
+    g.add_argument("--ema", type=SHARE, default=0.6, help="most of the teachers' momentum m")
+    g.add_argument("--lambda-st", type=WEIGHT, default=1.5, help="weight of L_st, by the teachers")
+    g.add_argument("--lambda-ss", type=WEIGHT, default=1.0, help="weight of L_ss, of the students")
+    g.add_argument("--threshold-ss", type=SHARE, default=0.0, help="tau of L_ss, between students")
+    g.add_argument("--fa", choices=("all", "students", "none"), default="all", help="whose logits")
+    g.add_argument("--lambda0", type=WEIGHT, default=1.5, help="strength of --fa at the end")
+    g.add_argument(
+        "--keep-padding", action=flag, default=False, help="learn on padding, as released"
+    )
+    g.add_argument("--teacher-mode", choices=("train", "eval"), default="train", help="batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
     # augmentation took more than it gave in pilot runs.
     shapes = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95)
@@ -67,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def update_teacher(
     teacher: nn.Module, student: nn.Module, t: int, ema: float, mode: str = "train"
 ) -> None:
-    """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), at the start of step t from 1.
+    """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), before step t (step 3).
 
     Parameters in float32; at t = 1 it becomes a copy. `mode` "train", as released: batch norm is by
     the batch, with running statistics of its own; "eval": by the student's running statistics.
@@ -95,29 +98,29 @@ def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
 
 
 def mix_mask(boxes: Tensor, crop: int) -> Tensor:
-    """M [B, H, W], boxes [B, 3, 4] XORed onto zeros: True keeps a pixel, False is the partner's."""
-    one = data.rect_mask(boxes[:, 0], crop, crop)
-    two = data.rect_mask(boxes[:, 1], crop, crop)
-    three = data.rect_mask(boxes[:, 2], crop, crop)
-    return one ^ two ^ three
+    """M [B, H, W] (step 4): boxes [B, 3, 4] XORed onto zeros; False is the partner's pixel."""
+    inside = data.rect_mask(boxes.flatten(0, 1), crop, crop).unflatten(0, (-1, 3))  # [B, 3, H, W]
+    return inside.sum(1) % 2 == 1
+
+
+def partner(values: Tensor) -> Tensor:
+    """values[pi] of [B, ...]: the partner pi swaps neighbours, 0-1, 2-3, ...
+
+    That is a roll by one in blocks of two: on the same rank however many ranks there are, and never
+    the image itself.
+    """
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def mix(values: Tensor, M: Tensor) -> Tensor:
-    """M * values + (1 - M) * values[pi] of values [B, ..., H, W]; M is resized by nearest cells.
-
-    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
-    the same rank however many ranks there are, and never the image itself.
-    """
-    pi = torch.arange(len(values), device=values.device) ^ 1
-    if M.shape[-2:] != values.shape[-2:]:
-        M = common.resize_mask(M, values.shape[-2:])
+    """M * values + (1 - M) * values[pi] of values [B, ..., H, W], M [B, H, W] (step 4)."""
     if values.dim() == 4:
         M = M[:, None]
-    return torch.where(M, values, values[pi])
+    return torch.where(M, values, partner(values))
 
 
 class ClassStatistics(nn.Module):
-    """Running mean mu_c [C, A], diagonal covariance Sigma_c [C, A] of a network's classifier input.
+    """Running mean mu_c, diagonal covariance Sigma_c [C, A] of the classifier's input (step 8).
 
     After each update they are the exact mean and population variance, per class, of all pixels seen
     so far on all ranks. Buffers, so the checkpoint has them.
@@ -248,10 +251,11 @@ def mkd_step(
         with autocast():
             z_t1, f_t1, _ = nets["teacher1"].parts(torch.cat([x, u]))
             z_t2, f_t2, _ = nets["teacher2"].parts(torch.cat([x, u]))
-        z_t1 = torch.cat([z_t1[:n_x], mix(z_t1[n_x:], M)]).float()
-        z_t2 = torch.cat([z_t2[:n_x], mix(z_t2[n_x:], M)]).float()
-        f_t1 = torch.cat([f_t1[:n_x], mix(f_t1[n_x:], M)])
-        f_t2 = torch.cat([f_t2[:n_x], mix(f_t2[n_x:], M)])
+        M_4 = common.resize_mask(M, z_t1.shape[-2:])
+        z_t1 = torch.cat([z_t1[:n_x], mix(z_t1[n_x:], M_4)]).float()
+        z_t2 = torch.cat([z_t2[:n_x], mix(z_t2[n_x:], M_4)]).float()
+        f_t1 = torch.cat([f_t1[:n_x], mix(f_t1[n_x:], M_4)])
+        f_t2 = torch.cat([f_t2[:n_x], mix(f_t2[n_x:], M_4)])
 
     # Students see x and u_mix (step 4)
     with autocast():
@@ -279,7 +283,7 @@ def mkd_step(
         valid = torch.ones_like(valid)
     valid = common.resize_mask(valid, size)[:, ::2, ::2]
 
-    # z~ of each network (steps 7 to 10), lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
+    # z~ of each network (steps 7 to 10); lambda(t) = lambda0 (1 - cos(pi t / T)) / 2 (step 9)
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
     labeled = (half_y, valid, strength)
     aug_s1 = half_s1
@@ -336,7 +340,11 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = common.rank_world()
     device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # torchrun's store outlives a restart: without a prefix gloo reads dead ranks' addresses
+        store = next(dist.rendezvous("env://"))[0]
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     torch.manual_seed(args.seed)  # the same weights on all ranks; batches have seeds of their own
     if args.test_only:
         common.test(args, device)
@@ -350,7 +358,6 @@ def main(argv: list[str] | None = None) -> None:
     # ---- networks (step 1): one seed is drawn on for both students, so their heads differ
     shape = (args.backbone, len(split.classes), args.output_stride, args.decoder)
     student_1 = common.build_network(*shape)
-    common.check_crop(student_1, args.crop_size)
     common.say(common.load_weights(student_1, args.backbone, args.weights, split.classes))
     student_2 = common.build_network(*shape)
     common.say(common.load_weights(student_2, args.backbone, args.weights))

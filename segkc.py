@@ -29,21 +29,24 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 from common import masked_mean
+from data import POSITIVE, WEIGHT
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and SegKC's own; --backbone is the junior's, the one of inference."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
-    a = p.add_argument_group("SegKC").add_argument
+    g = p.add_argument_group("SegKC")
     junior = dict(dest="backbone", choices=common.BACKBONES, default=argparse.SUPPRESS)
-    a("--junior", **junior, help="as --backbone")
-    a("--senior", choices=common.BACKBONES, help="encoder of the senior")
-    a("--senior-weights", help="like --weights, of the senior; unset: --weights")
-    a("--lambda-cps", type=common.WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels")
-    a("--lambda-feat", type=common.WEIGHT, default=0.5, help="weight of the feature terms")
-    a("--lambda-kd", type=common.WEIGHT, default=0.5, help="weight of L_kd, senior to junior")
-    a("--consult", choices=("both", "j2s", "s2j", "none"), default="both", help="feature terms")
-    a("--temperature", type=common.POSITIVE, default=1.0, help="t of L_kd")
+    g.add_argument("--junior", **junior, help="as --backbone")
+    g.add_argument("--senior", choices=common.BACKBONES, help="encoder of the senior")
+    g.add_argument("--senior-weights", help="like --weights, of the senior; unset: --weights")
+    g.add_argument("--lambda-cps", type=WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels")
+    g.add_argument("--lambda-feat", type=WEIGHT, default=0.5, help="weight of the feature terms")
+    g.add_argument("--lambda-kd", type=WEIGHT, default=0.5, help="weight of L_kd, senior to junior")
+    g.add_argument(
+        "--consult", choices=("both", "j2s", "s2j", "none"), default="both", help="directions"
+    )
+    g.add_argument("--temperature", type=POSITIVE, default=1.0, help="t of L_kd")
     pair = dict(senior="resnet101", backbone="resnet50")
     shapes = dict(senior="resnet34", backbone="resnet18", epochs=6)
     args = common.parse(p, argv, all=pair, shapes=shapes)
@@ -60,24 +63,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # --------------------------------------------------------------------------- the paper's pieces
 
 
-def cutmix(values: Tensor, box: Tensor) -> Tensor:
-    """values [B, ..., H, W], but the partner's inside `box` [B, H, W] bool.
+def partner(values: Tensor) -> Tensor:
+    """values[pi] of [B, ...]: the partner pi swaps neighbours, 0-1, 2-3, ...
 
-    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
-    the same rank however many ranks there are, and never the image itself.
+    That is a roll by one in blocks of two: on the same rank however many ranks there are, and never
+    the image itself.
     """
-    pi = torch.arange(len(values), device=values.device) ^ 1
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def cutmix(values: Tensor, box: Tensor) -> Tensor:
+    """values [B, ..., H, W], but the partner's inside `box` [B, H, W] bool."""
     if values.dim() == 4:
         box = box[:, None]
-    return torch.where(box, values[pi], values)
+    return torch.where(box, partner(values), values)
 
 
-def cps_loss(
-    z: Tensor, pseudo_label: Tensor, confidence: Tensor, valid: Tensor, tau: float
-) -> Tensor:
-    """masked_mean(CE(z, y_hat), c >= tau and valid) (step 5): z one's, y_hat and c the other's."""
+def cps_loss(z: Tensor, pseudo_label: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
+    """masked_mean(CE(z, y_hat), c >= tau and valid) (step 5): z one's, y_hat and c the other's.
+
+    z [B, C, H, W]; pseudo_label, keep (where c >= tau and valid) and valid [B, H, W].
+    """
     ce = F.cross_entropy(z, pseudo_label, reduction="none")  # [B, H, W]
-    return masked_mean(ce, (confidence >= tau) & valid, valid)
+    return masked_mean(ce, keep, valid)
 
 
 def consultation(g: Tensor, f: Tensor, valid: Tensor) -> Tensor:
@@ -98,7 +106,7 @@ def distillation(z_s: Tensor, z_j: Tensor, valid: Tensor, t: float) -> Tensor:
     """L_kd = mean over valid of KL(sg softmax(z_S / t) || softmax(z_J / t)) t^2 (step 7)."""
     log_s = (z_s.detach() / t).log_softmax(1)
     log_j = (z_j / t).log_softmax(1)
-    kl = (log_s.exp() * (log_s - log_j)).sum(1)  # [B, H, W]
+    kl = F.kl_div(log_j, log_s, reduction="none", log_target=True).sum(1)  # [B, H, W]
     return masked_mean(kl, valid, valid) * t**2
 
 
@@ -154,7 +162,7 @@ def segkc_step(
     u = data.normalize(batch["u"])
     u1 = data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0]
     u1 = data.normalize(u1)
-    box = data.rect_mask(batch["box"][0], *u.shape[-2:])
+    box = batch["cutmix"][0]
     u_mix = cutmix(u1, box)
     valid_u = cutmix(batch["u_valid"], box)
     valid = torch.cat([batch["x_valid"], valid_u])
@@ -170,10 +178,10 @@ def segkc_step(
             net.train()
         c_s, label_s = p_s.max(1)
         c_j, label_j = p_j.max(1)
-        c_s = cutmix(c_s, box)
-        c_j = cutmix(c_j, box)
         label_s = cutmix(label_s, box)
         label_j = cutmix(label_j, box)
+        keep_s = cutmix(c_s >= args.threshold, box) & valid_u
+        keep_j = cutmix(c_j >= args.threshold, box) & valid_u
 
     # Forward with gradient on cat(x, u_mix) (step 3)
     with autocast():
@@ -187,8 +195,8 @@ def segkc_step(
     loss_sup = 0.5 * (sup_s + sup_j)
 
     # L_cps = 1/2 [masked_mean(CE(z_S, y_hat_J), c_J >= tau) + the same of z_J and S] (step 5)
-    cps_s = cps_loss(z_s[n_x:], label_j, c_j, valid_u, args.threshold)
-    cps_j = cps_loss(z_j[n_x:], label_s, c_s, valid_u, args.threshold)
+    cps_s = cps_loss(z_s[n_x:], label_j, keep_j, valid_u)
+    cps_j = cps_loss(z_j[n_x:], label_s, keep_s, valid_u)
     loss_cps = 0.5 * (cps_s + cps_j)
 
     # L_j2s = d(g_S(f_S), sg f_J); L_s2j = d(g_J(f_J), sg f_S) (step 6)
@@ -206,7 +214,6 @@ def segkc_step(
     loss_feat = (loss_j2s + loss_s2j) / 2
     unlabeled = args.lambda_cps * loss_cps + args.lambda_feat * loss_feat + args.lambda_kd * loss_kd
     loss = loss_sup + ramp * unlabeled
-    one = torch.ones_like(c_s)
     return {
         "loss": loss,
         "L_sup": loss_sup,
@@ -214,8 +221,8 @@ def segkc_step(
         "L_j2s": loss_j2s,
         "L_s2j": loss_s2j,
         "L_kd": loss_kd,
-        "confident_junior": masked_mean(one, (c_j >= args.threshold) & valid_u, valid_u),
-        "confident_senior": masked_mean(one, (c_s >= args.threshold) & valid_u, valid_u),
+        "confident_junior": masked_mean(keep_j, keep_j, valid_u),
+        "confident_senior": masked_mean(keep_s, keep_s, valid_u),
     }
 
 
@@ -226,7 +233,11 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = common.rank_world()
     device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # torchrun's store outlives a restart: without a prefix gloo reads dead ranks' addresses
+        store = next(dist.rendezvous("env://"))[0]
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     torch.manual_seed(args.seed)  # the same weights on all ranks; batches have seeds of their own
     if args.test_only:
         common.test(args, device)
@@ -245,8 +256,6 @@ def main(argv: list[str] | None = None) -> None:
     senior = common.build_network(args.senior, *decoder)
     loaded = common.load_weights(senior, args.senior, args.senior_weights)
     common.say(f"senior: {loaded}")
-    for net in (junior, senior):
-        common.check_crop(net, args.crop_size)
     if world > 1 and device.type == "cuda":
         junior = nn.SyncBatchNorm.convert_sync_batchnorm(junior)
         senior = nn.SyncBatchNorm.convert_sync_batchnorm(senior)

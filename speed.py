@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 import data
 from common import masked_mean
+from data import POSITIVE, STEPS, WEIGHT
 
 PAD_ENTROPY = -1.0  # entropy of a cell without image: below every real one
 
@@ -39,33 +40,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and SPEED's own."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
     flag = argparse.BooleanOptionalAction
-    a = p.add_argument_group("SPEED").add_argument
-    a("--labeled-only", action="store_true", help="the supervised baseline of all methods")
-    a("--grid", type=common.STEPS, default=4, help="n: EntropyMix cells a side")
-    a("--pick", choices=("max", "min", "random"), default="max", help="entropy of the view taken")
-    a("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
-    a("--host-cutmix", action=flag, default=True, help="CutMix u1 and u2 before EntropyMix")
-    a("--lambda-u", type=common.WEIGHT, default=1.0, help="weight of L_u, pseudo-labels")
-    a("--alpha", type=common.WEIGHT, default=1.0, help="weight of L_feat, pixel relations")
-    a("--beta", type=common.WEIGHT, default=1.0, help="weight of L_logit, distilled logits")
-    a("--feature-temperature", type=common.POSITIVE, default=0.1, help="divides f f^T in L_feat")
-    a("--temperature", type=common.POSITIVE, default=1.0, help="t of L_logit")
+    g = p.add_argument_group("SPEED")
+    g.add_argument("--labeled-only", action="store_true", help="supervised baseline of all methods")
+    g.add_argument("--grid", type=STEPS, default=4, help="n: EntropyMix cells a side")
+    g.add_argument("--pick", choices=("max", "min", "random"), default="max", help="which entropy")
+    g.add_argument("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
+    g.add_argument("--host-cutmix", action=flag, default=True, help="CutMix before EntropyMix")
+    g.add_argument("--lambda-u", type=WEIGHT, default=1.0, help="weight of L_u, pseudo-labels")
+    g.add_argument("--alpha", type=WEIGHT, default=1.0, help="weight of L_feat, pixel relations")
+    g.add_argument("--beta", type=WEIGHT, default=1.0, help="weight of L_logit, distilled logits")
+    g.add_argument("--feature-temperature", type=POSITIVE, default=0.1, help="divides f f^T")
+    g.add_argument("--temperature", type=POSITIVE, default=1.0, help="t of L_logit")
     return common.parse(p, argv)
 
 
 # --------------------------------------------------------------------------- the paper's pieces
 
 
-def cutmix(values: Tensor, box: Tensor) -> Tensor:
-    """values [B, ..., H, W], but the partner's inside `box` [B, H, W] bool.
+def partner(values: Tensor) -> Tensor:
+    """values[pi] of [B, ...]: the partner pi swaps neighbours, 0-1, 2-3, ...
 
-    The partner pi swaps neighbours, 0-1, 2-3, ...: a roll by one in blocks of two. It is on
-    the same rank however many ranks there are, and never the image itself.
+    That is a roll by one in blocks of two: on the same rank however many ranks there are, and never
+    the image itself.
     """
-    pi = torch.arange(len(values), device=values.device) ^ 1
+    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
+def cutmix(values: Tensor, box: Tensor) -> Tensor:
+    """values [B, ..., H, W], but the partner's inside `box` [B, H, W] bool."""
     if values.dim() == 4:
         box = box[:, None]
-    return torch.where(box, values[pi], values)
+    return torch.where(box, partner(values), values)
 
 
 def entropy(z: Tensor) -> Tensor:
@@ -74,35 +79,30 @@ def entropy(z: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1)
 
 
+def cells_of(pixels: int, n: int, device: torch.device) -> Tensor:
+    """[pixels]: the cell of each row or column, of n with edges floor(i pixels / n)."""
+    return (torch.arange(pixels, device=device) * n + n - 1) // pixels
+
+
 def cell_mean(values: Tensor, valid: Tensor, n: int) -> Tensor:
     """Mean of [B, H, W] over the valid pixels of each cell of an n x n grid: [B, n, n] (step 4).
 
     PAD_ENTROPY where a cell holds no image.
     """
-    total = cell_sum(values * valid, n)
-    count = cell_sum(valid.float(), n)
+    height, width = values.shape[1:]
+    cells = torch.arange(n, device=values.device)[:, None]
+    rows = (cells_of(height, n, values.device) == cells).float()  # [n, H], 1 in the cell
+    columns = (cells_of(width, n, values.device) == cells).float()  # [n, W]
+    total = rows @ (values * valid) @ columns.T
+    count = rows @ valid.float() @ columns.T
     return torch.where(count > 0, total / count.clamp_min(1), PAD_ENTROPY)
 
 
-def cell_sum(values: Tensor, n: int) -> Tensor:
-    """Sums of [B, H, W] over the cells of an n x n grid with edges floor(i H / n): [B, n, n]."""
-    height, width = values.shape[1:]
-    rows = []
-    for i in range(n):
-        rows.append(values[:, i * height // n : (i + 1) * height // n].sum(1))
-    values = torch.stack(rows, 1)  # [B, n, W]
-    columns = []
-    for i in range(n):
-        columns.append(values[:, :, i * width // n : (i + 1) * width // n].sum(2))
-    return torch.stack(columns, 2)  # [B, n, n]
-
-
 def cells_to_pixels(cells: Tensor, height: int, width: int) -> Tensor:
-    """Spreads cells [B, n, n] over pixels [B, H, W], with the same edges as `cell_sum`."""
+    """Spreads cells [B, n, n] over pixels [B, H, W]."""
     n = cells.shape[-1]
-    row = (torch.arange(height, device=cells.device) * n + n - 1) // height
-    column = (torch.arange(width, device=cells.device) * n + n - 1) // width
-    return cells[:, row][:, :, column]
+    rows = cells[:, cells_of(height, n, cells.device)]
+    return rows[:, :, cells_of(width, n, cells.device)]
 
 
 def pick_view(h_1: Tensor, h_2: Tensor, pick: str, coin: Tensor | None = None) -> Tensor:
@@ -129,10 +129,13 @@ def draw_coins(seed: int, step: int, positions: list[int], n: int) -> Tensor:
 
 def logit_loss(z_t: Tensor, z_m: Tensor, valid_m: Tensor, t: float) -> Tensor:
     """L_logit = mean over valid_m of KL(softmax(z_T / t) || softmax(z_m / t)) t^2 (step 8)."""
-    log_t = (z_t / t).log_softmax(1)
-    log_m = (z_m / t).log_softmax(1)
-    kl = (log_t.exp() * (log_t - log_m)).sum(1)  # [B, H, W]
+    kl = kl_divergence((z_t / t).log_softmax(1), (z_m / t).log_softmax(1), 1)  # [B, H, W]
     return masked_mean(kl, valid_m, valid_m) * t**2
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
+    """KL(p || q) over `dim`."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim)
 
 
 def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, temperature: float = 0.1) -> Tensor:
@@ -142,19 +145,14 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, temperature: float 
     """
     pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # cells: 4; ViT 1, DPT 9
     share = F.interpolate(valid_m[:, None].float(), f_m.shape[-2:], mode="area")
-    share = F.avg_pool2d(share, pool, ceil_mode=True)
-    cells = share.flatten(1) > 0.5  # [B, N]
-    log_s_t = log_relations(F.avg_pool2d(f_t.float(), pool, ceil_mode=True), cells, temperature)
-    log_s_m = log_relations(F.avg_pool2d(f_m.float(), pool, ceil_mode=True), cells, temperature)
-    kl = (log_s_t.exp() * (log_s_t - log_s_m)).sum(2)  # [B, N]
-    return masked_mean(kl, cells, cells)
-
-
-def log_relations(f: Tensor, cells: Tensor, temperature: float) -> Tensor:
-    """log S [B, N, N] of features [B, A, h, w]; `cells` [B, N]: True for a column of S."""
-    f = F.normalize(f.flatten(2), dim=1)  # [B, A, N]
+    cells = F.avg_pool2d(share, pool, ceil_mode=True).flatten(1) > 0.5  # [B, N]
+    f = F.avg_pool2d(torch.cat([f_t, f_m]).float(), pool, ceil_mode=True)
+    f = F.normalize(f.flatten(2), dim=1)  # [2B, A, N]
     s = f.transpose(1, 2) @ f / temperature
-    return s.masked_fill(~cells[:, None], -1e4).log_softmax(2)
+    s = s.masked_fill(~cells.repeat(2, 1)[:, None], -1e4)
+    log_s = s.log_softmax(2)  # [2B, N, N]
+    kl = kl_divergence(log_s[: len(f_t)], log_s[len(f_t) :], 2)  # [B, N]
+    return masked_mean(kl, cells, cells)
 
 
 # ----------------------------------------------------------------------------------- training
@@ -172,28 +170,23 @@ def speed_step(
     # Views (step 1): x labelled; u, u1, u2 of one unlabelled crop; u1, u2 CutMixed with own boxes
     x = data.normalize(batch["x"])
     y = batch["y"]
-    valid = batch["u_valid"]
     u = data.normalize(batch["u"])
-    u1, u2 = data.strong_views(batch["u"], batch["strong"], batch["order"])
-    u1 = data.normalize(u1)
-    u2 = data.normalize(u2)
-    height, width = u.shape[-2:]
-    box_1 = torch.zeros_like(valid)
-    box_2 = torch.zeros_like(valid)
-    if args.host_cutmix:
-        box_1 = data.rect_mask(batch["box"][0], height, width)
-        box_2 = data.rect_mask(batch["box"][1], height, width)
-        u1 = cutmix(u1, box_1)
-        u2 = cutmix(u2, box_2)
+    valid = batch["u_valid"]
+    box_1 = batch["cutmix"][0]
+    box_2 = batch["cutmix"][1]
+    if not args.host_cutmix:
+        box_1 = torch.zeros_like(valid)
+        box_2 = torch.zeros_like(valid)
+    strong = data.strong_views(batch["u"], batch["strong"], batch["order"])  # [2, B, 3, H, W]
+    u1 = cutmix(data.normalize(strong[0]), box_1)
+    u2 = cutmix(data.normalize(strong[1]), box_2)
 
     with torch.no_grad():
         # Predictions (step 2), in eval mode: z_u, f_u = net(u); z_1 = net(u1); z_2 = net(u2)
+        views = torch.cat([u, u1, u2]) if args.entropy_mix else u
         net.eval()
         with autocast():
-            if args.entropy_mix:
-                z, f, _ = net(torch.cat([u, u1, u2]), features=True)
-            else:
-                z, f, _ = net(u, features=True)
+            z, f, _ = net(views, features=True)
         net.train()
         z_u = z[: len(u)]
         f_u = f[: len(u)]
@@ -203,16 +196,17 @@ def speed_step(
         m = u1
         box_m = box_1
         if args.entropy_mix:
-            z_1 = z[len(u) : 2 * len(u)]
-            z_2 = z[2 * len(u) :]
-            h_1 = cell_mean(entropy(z_1), cutmix(valid, box_1), args.grid)
-            h_2 = cell_mean(entropy(z_2), cutmix(valid, box_2), args.grid)
+            z_12 = z[len(u) :]
+            valid_12 = torch.cat([cutmix(valid, box_1), cutmix(valid, box_2)])
+            h_12 = cell_mean(entropy(z_12), valid_12, args.grid)  # [2B, n, n]
+            h_1 = h_12[: len(u)]
+            h_2 = h_12[len(u) :]
             coin = None
             if args.pick == "random":
                 coin = draw_coins(args.seed, batch["step"], batch["positions"], args.grid)
                 coin = data.to_device(coin, u.device)
             second = pick_view(h_1, h_2, args.pick, coin)
-            second = cells_to_pixels(second, height, width)  # [B, H, W]
+            second = cells_to_pixels(second, *valid.shape[-2:])  # [B, H, W]
             m = torch.where(second[:, None], u2, u1)
             box_m = torch.where(second, box_2, box_1)
 
@@ -248,7 +242,7 @@ def speed_step(
         "L_u": loss_u,
         "L_feat": loss_feat,
         "L_logit": loss_logit,
-        "confident": masked_mean(torch.ones_like(ce), keep, valid_m),
+        "confident": masked_mean(keep, keep, valid_m),
     }
 
 
@@ -269,7 +263,11 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = common.rank_world()
     device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # torchrun's store outlives a restart: without a prefix gloo reads dead ranks' addresses
+        store = next(dist.rendezvous("env://"))[0]
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     torch.manual_seed(args.seed)  # the same weights on all ranks; batches have seeds of their own
     if args.test_only:
         common.test(args, device)
@@ -282,7 +280,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- network
     net = common.build_network(args.backbone, len(split.classes), args.output_stride, args.decoder)
-    common.check_crop(net, args.crop_size)
     common.say(common.load_weights(net, args.backbone, args.weights, split.classes))
     if world > 1 and device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
