@@ -828,6 +828,8 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
         method = args.method + ("-labeled" if args.labeled_only else "")
         where = "folder-" + args.root.resolve().name if args.dataset == "folder" else args.dataset
         args.out = Path(f"runs/{method}-{where}-{name}-s{args.seed}")
+    data.check_shared_memory(args, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), split)
+    data.look_at_masks(split)
     if args.compile:
         # a part in training, in eval and at each size share one cache, of 8 by default
         torch._dynamo.config.cache_size_limit = 64
@@ -1093,6 +1095,8 @@ def catch_signals() -> None:
     def wait() -> None:
         while True:
             number = woken.recv(1)[0]
+            if number not in (signal.SIGTERM, signal.SIGINT):  # a loader's worker that ended
+                continue
             if _process.signal or _process.evaluating:
                 print(f"signal {number}: ended at once; the last checkpoint stays", flush=True)
                 alarm.close()

@@ -283,21 +283,22 @@ def mkd_step(
         valid = torch.ones_like(valid)
     valid = common.resize_mask(valid, size)[:, ::2, ::2]
 
-    # z~ of each network (steps 7 to 10); lambda(t) = lambda0 (1 - cos(pi t / T)) / 2 (step 9)
+    # z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a of each network (steps 7 to 10),
+    # lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
-    labeled = (half_y, valid, strength)
+    shared = (half_y, valid, strength)  # by all four networks
     aug_s1 = half_s1
     aug_s2 = half_s2
     aug_t1 = half_t1
     aug_t2 = half_t2
     if args.fa in ("all", "students"):
-        aug_s1 = augmented_logits(nets["student1"], stats["student1"], half_s1, f_s1, *labeled)
-        aug_s2 = augmented_logits(nets["student2"], stats["student2"], half_s2, f_s2, *labeled)
+        aug_s1 = augmented_logits(nets["student1"], stats["student1"], half_s1, f_s1, *shared)
+        aug_s2 = augmented_logits(nets["student2"], stats["student2"], half_s2, f_s2, *shared)
     if args.fa == "all":
-        aug_t1 = augmented_logits(nets["teacher1"], stats["teacher1"], half_t1, f_t1, *labeled)
-        aug_t2 = augmented_logits(nets["teacher2"], stats["teacher2"], half_t2, f_t2, *labeled)
+        aug_t1 = augmented_logits(nets["teacher1"], stats["teacher1"], half_t1, f_t1, *shared)
+        aug_t2 = augmented_logits(nets["teacher2"], stats["teacher2"], half_t2, f_t2, *shared)
 
-    # Targets (step 11): t = argmax z~, kept where the confidence of z is enough
+    # Targets (step 11): argmax z~, kept where the confidence of z is enough
     label_s1 = aug_s1.detach().argmax(1)
     label_s2 = aug_s2.detach().argmax(1)
     label_t1 = aug_t1.argmax(1)
@@ -320,7 +321,7 @@ def mkd_step(
     loss_ss = loss_ss1 + loss_ss2
 
     # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss (step 14)
-    mutual = args.lambda_st * loss_st + args.lambda_ss * loss_ss  # of x as of u_mix
+    mutual = args.lambda_st * loss_st + args.lambda_ss * loss_ss
     loss = loss_sup1 + loss_sup2 + ramp * mutual
     keep = (keep_t1.float() + keep_t2.float()) / 2
     return {
@@ -352,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data
     split = data.load_split(args)
-    common.say(split.line)
+    common.say("\n".join([split.line, *split.notes]))
     common.settle(args, split, world, device)
 
     # ---- networks (step 1): one seed is drawn on for both students, so their heads differ
