@@ -33,6 +33,7 @@ from helpers import (
 from torch import Tensor
 
 import data
+import mkd
 import segkc
 import speed
 
@@ -52,17 +53,17 @@ def inside(boxes: Tensor, h: int, w: int) -> Tensor:
 
 
 @pytest.mark.parametrize("b", [2, 4, 6])
+@pytest.mark.parametrize("script", [speed, mkd, segkc], ids=lambda s: s.__name__)
+def test_the_partner_is_the_neighbour(script, b: int):
+    assert script.partner(torch.arange(b)).tolist() == [1, 0, 3, 2, 5, 4][:b]
+
+
 @pytest.mark.parametrize("cutmix", [speed.cutmix, segkc.cutmix])
-def test_cutmix_pastes_the_box_of_another_image(cutmix, b: int):
-    every = torch.ones(b, 1, 1, dtype=torch.bool)
-    partner = cutmix(torch.arange(b)[:, None, None], every).flatten().tolist()
-    assert sorted(partner) == list(range(b)), "no permutation"
-    assert all(p != i for i, p in enumerate(partner)), "an image is its own partner"
-    boxes = [[0, 0, 3, 9], [2, 1, 8, 5], [0, 0, 0, 0], [4, 3, 8, 9], [0, 0, 8, 9], [1, 1, 2, 2]]
-    boxes = torch.tensor(boxes[:b])
-    image = draw(b, 3, 8, 9)
+def test_cutmix_pastes_the_partners_box(cutmix):
+    boxes = torch.tensor([[0, 0, 3, 9], [2, 1, 8, 5], [0, 0, 0, 0], [4, 3, 8, 9]])
+    image = draw(4, 3, 8, 9)
     for t in (image, image[:, 0].round().long(), image[:, 0] > 0):  # label and valid map
-        mine = pasted(t, boxes, partner)
+        mine = pasted(t, boxes, [1, 0, 3, 2])
         assert torch.equal(cutmix(t, inside(boxes, 8, 9)), mine)
         assert not torch.equal(mine, t)
 
@@ -74,7 +75,7 @@ def test_cutmix_pastes_the_box_of_another_image(cutmix, b: int):
 @pytest.mark.parametrize(("h", "w", "n"), [(8, 8, 4), (13, 9, 4), (11, 7, 3), (5, 6, 1), (3, 9, 4)])
 def test_cells(case: str, h: int, w: int, n: int):
     """Mean entropy over the valid pixels of each cell; pixels get back what their cell says."""
-    z, valid = draw(3, 5, h, w), padded(case, 3, h, w)
+    z, valid = draw(3, 5, h, w).float(), padded(case, 3, h, w)
     found = speed.cell_mean(speed.entropy(z), valid, n)
     spread = speed.cells_to_pixels(found, h, w)
     for b, i, j in np.ndindex(3, n, n):
@@ -86,7 +87,7 @@ def test_cells(case: str, h: int, w: int, n: int):
                 entropies.append(-sum(v / sum(e) * math.log(v / sum(e)) for v in e))
         if entropies:
             mine = sum(entropies) / len(entropies)
-            assert found[b, i, j].item() == pytest.approx(mine, rel=1e-10)
+            assert found[b, i, j].item() == pytest.approx(mine, rel=2e-6)
         else:
             assert found[b, i, j] < 0, "not below every real entropy"
         assert (spread[b, top:bottom, left:right] == found[b, i, j]).all()
@@ -143,7 +144,7 @@ def test_a_cell_of_padding_never_wins(pick: str):
     one[:, :2, :2] = one[:, 2:, :2] = False
     two[:, :2, 2:] = two[:, 2:, :2] = False
     h1, h2 = (
-        speed.cell_mean(speed.entropy(draw(1, 3, 4, 4, seed=k)), v, 2)
+        speed.cell_mean(speed.entropy(draw(1, 3, 4, 4, seed=k).float()), v, 2)
         for k, v in enumerate((one, two))
     )
     for coin in (0.0, 0.9):  # the second view, the first
