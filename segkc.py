@@ -233,7 +233,11 @@ def main(argv: list[str] | None = None) -> None:
     rank, world = common.rank_world()
     device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        # torchrun's store outlives a restart: without a prefix gloo reads dead ranks' addresses
+        store = next(dist.rendezvous("env://"))[0]
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     torch.manual_seed(args.seed)  # the same weights on all ranks; batches have seeds of their own
     if args.test_only:
         common.test(args, device)
