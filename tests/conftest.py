@@ -1,7 +1,9 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts lie in the repo's root
@@ -9,3 +11,15 @@ torch.set_num_threads(1)
 # most tests compare with restatements on the CPU, bit for bit; test_cuda.py shows the GPU to others
 os.environ.setdefault("GPUS_FOR_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
+    os.environ.pop(name, None)  # tests may themselves be run by a cluster's launcher
+
+
+@pytest.fixture(autouse=True)
+def _handlers():
+    """Signals do again what they did, whatever a test's runs caught: Ctrl-C ends pytest."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
