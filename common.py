@@ -248,13 +248,47 @@ def upsample(z: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(z.float(), size, mode="bilinear", align_corners=True)
 
 
+class DeepLabDecoder(nn.Module):
+    """DeepLabV3+ (Chen et al., 2018): ASPP, 48 low-level channels, two 3x3 convolutions.
+
+    Maps to the classifier's input [B, 256, h, w] at stride 4, on DINOv2's patches 14. ASPP is
+    torchvision's without its dropout: a forward has no randomness of its own.
+    """
+
+    def __init__(self, low: int, deep: int, dilation: int) -> None:
+        super().__init__()
+        self.aspp = ASPP(deep, [rate * dilation for rate in (6, 12, 18)], 256)
+        self.aspp.project = self.aspp.project[:3]
+        self.reduce = conv_bn_relu(low, 48, 1)
+        self.fuse = nn.Sequential(conv_bn_relu(256 + 48, 256, 3), conv_bn_relu(256, 256, 3))
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        low = self.reduce(maps[0])
+        deep = upsample(self.aspp(maps[-1]), low.shape[-2:]).to(low.dtype)
+        return self.fuse(torch.cat([deep, low], 1))
+
+
 class Segmenter(nn.Module):
-    """A backbone, `decode`, and a 1x1 classifier; what is not the backbone is the head.
+    """A backbone, a decoder and a 1x1 classifier; what is not the backbone is the head.
 
     `config` is what `build_network` needs to build it again.
     """
 
-    layout = torch.contiguous_format
+    def __init__(self, backbone: str, num_classes: int, output_stride: int, decoder: str) -> None:
+        super().__init__()
+        self.config = dict(backbone=backbone, num_classes=num_classes)
+        self.config.update(output_stride=output_stride, decoder=decoder)
+        self.layout = torch.contiguous_format
+        vit = backbone in DINOV2
+        self.backbone = DINOv2(backbone) if vit else CNN(backbone, output_stride)
+        low = self.backbone.channels[0]
+        deep = self.backbone.channels[-1]
+        if decoder == "dpt":
+            self.decoder = DPTDecoder(deep)
+        else:
+            self.decoder = DeepLabDecoder(low, deep, 1 if vit else 16 // output_stride)
+        width = DPT_WIDTHS[deep][1] if decoder == "dpt" else 256
+        self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def place(self, device: torch.device) -> "Segmenter":
         """Moves the network to a device, in the memory layout that trains faster there.
@@ -270,7 +304,7 @@ class Segmenter(nn.Module):
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image [B, 3, H, W] to logits z [B, C, h, w], the classifier's input f, the last map."""
         maps = self.backbone(x.contiguous(memory_format=self.layout))
-        f = self.decode(maps)
+        f = self.decoder(maps)
         return self.classifier(f), f, maps[-1]
 
     def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -281,46 +315,8 @@ class Segmenter(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Every trained parameter that is not the backbone's."""
-        heads = [part for name, part in self.named_children() if name != "backbone"]
-        return [p for part in heads for p in part.parameters() if p.requires_grad]
-
-
-class DeepLabV3Plus(Segmenter):
-    """DeepLabV3+ (Chen et al., 2018): ASPP, 48 low-level channels, two 3x3 convolutions.
-
-    f is [B, 256, h, w] at stride 4, on DINOv2's patches 14. ASPP is torchvision's without its
-    dropout: a forward has no randomness of its own.
-    """
-
-    def __init__(self, backbone: str, num_classes: int, output_stride: int = 16) -> None:
-        super().__init__()
-        self.config = dict(backbone=backbone, num_classes=num_classes, output_stride=output_stride)
-        vit = backbone in DINOV2
-        self.backbone = DINOv2(backbone) if vit else CNN(backbone, output_stride)
-        low, deep = self.backbone.channels[0], self.backbone.channels[-1]
-        dilation = 1 if vit else 16 // output_stride
-        self.aspp = ASPP(deep, [r * dilation for r in (6, 12, 18)], 256)
-        self.aspp.project = self.aspp.project[:3]
-        self.reduce = conv_bn_relu(low, 48, 1)
-        self.fuse = nn.Sequential(conv_bn_relu(256 + 48, 256, 3), conv_bn_relu(256, 256, 3))
-        self.classifier = nn.Conv2d(256, num_classes, 1)
-
-    def decode(self, maps: list[Tensor]) -> Tensor:
-        low = self.reduce(maps[0])
-        deep = upsample(self.aspp(maps[-1]), low.shape[-2:]).to(low.dtype)
-        return self.fuse(torch.cat([deep, low], 1))
-
-
-class DPT(Segmenter):
-    """DINOv2 with the DPT decoder; f is [B, 64, 8h, 8w] for h x w patches, 128 of ViT-B."""
-
-    def __init__(self, backbone: str, num_classes: int) -> None:
-        super().__init__()
-        self.config = dict(backbone=backbone, num_classes=num_classes, decoder="dpt")
-        self.backbone = DINOv2(backbone)
-        width = self.backbone.channels[-1]
-        self.decode = DPTDecoder(width)
-        self.classifier = nn.Conv2d(DPT_WIDTHS[width][1], num_classes, 1)
+        heads = [*self.decoder.parameters(), *self.classifier.parameters()]
+        return [p for p in heads if p.requires_grad]
 
 
 def build_network(
@@ -329,11 +325,9 @@ def build_network(
     """The network of --backbone, --output-stride and --decoder, or of a best.pt's `config`."""
     if backbone not in BACKBONES:
         raise InputError(f"backbone {backbone!r}: unknown; one of {', '.join(BACKBONES)}")
-    if decoder == "deeplab":
-        return DeepLabV3Plus(backbone, num_classes, output_stride)
-    if backbone not in DINOV2:
+    if decoder == "dpt" and backbone not in DINOV2:
         raise InputError(f"--decoder dpt: needs a DINOv2 backbone, not {backbone}; use deeplab")
-    return DPT(backbone, num_classes)
+    return Segmenter(backbone, num_classes, output_stride, decoder)
 
 
 # ------------------------------------------------------------------------------------- weights
@@ -343,19 +337,18 @@ def load_checkpoint(path: Path) -> dict:
     """A dict of tensors and plain values, never code; InputError on anything else."""
     # beside tensors, files hold flags and numbers: these types do nothing when they are read
     scalar = np.float64(0).__reduce__()[0]
-    names = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    safe = [argparse.Namespace, np.dtype]
+    safe += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    safe += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, np.dtype, *names, *kinds]):
+        with torch.serialization.safe_globals(safe):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001 - the readers raise all kinds on broken bytes
         kind = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(e))
-        reason = str(e).strip().splitlines() or [type(e).__name__]
-        why = f"holds a {kind[1]}" if kind else reason[0].split(". ")[0]
-        remedy = "give another file, or save its state_dict alone"
-        raise InputError(f"{path}: no loadable checkpoint ({why}); {remedy}") from None
+        why = f"holds a {kind[1]}" if kind else f"{type(e).__name__}: {e}".splitlines()[0]
+        raise InputError(f"{path}: no loadable checkpoint ({why}); give a state_dict") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}, no state dict; give another")
+        raise InputError(f"{path}: holds a {type(found).__name__}; give a state_dict")
     return found
 
 
@@ -368,51 +361,45 @@ def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | N
     """
     if weights == "none":
         return f"{name}: random weights"
-    found = _download_weights(name) if weights == "imagenet" else load_checkpoint(Path(weights))
+    found = download_weights(name) if weights == "imagenet" else load_checkpoint(Path(weights))
     if classes and found.get("classes") == classes and found.get("config") == net.config:
         with contextlib.suppress(KeyError, RuntimeError):  # else its backbone, or say what is wrong
             net.load_state_dict(found["net"])
             return f"{name}: weights {weights}: the whole network of step {found.get('step')}"
     own = net.backbone.state_dict()
-    state = _find_backbone(found, own)
-    same = {k: v for k, v in state.items() if k in own and _shape(v) == own[k].shape}
+    state = find_backbone(found, own)
+    same = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     missing = [k for k in own if k not in same and not k.endswith("num_batches_tracked")]
     others = [k for k in state if k not in own]
-    line = f"{name}: weights {weights}: {len(same)} keys matched, {len(missing)} missing"
-    line += f", {len(others)} unexpected"
+    line = f"{name}: weights {weights}: {len(same)} keys matched"
+    line += f", {len(missing)} missing, {len(others)} unexpected"
     stages = {key.split(".")[0] for key in own}
     # a classifier's have other first names, and none is a bare tensor like a ViT's register_tokens
     wrong = missing + [k for k in others if "." not in k or k.split(".")[0] in stages]
     if wrong:
-        key = wrong[0]
-        sizes = [tuple(_shape(v[key])) for v in (state, own) if key in v]
+        sizes = [tuple(v[wrong[0]].shape) for v in (state, own) if wrong[0] in v]
         what = f"has shapes {sizes}" if len(sizes) == 2 else f"is only in one of them, {sizes}"
-        raise InputError(f"{line}; {key} {what}: another architecture; give a file of {name}")
+        raise InputError(f"{line}; {wrong[0]} {what}: another architecture; give a file of {name}")
     net.backbone.load_state_dict(same, strict=False)
     return line
 
 
-def _shape(value: object) -> tuple[int, ...]:
-    return getattr(value, "shape", ())
-
-
-def _find_backbone(found: dict, own: dict[str, Tensor]) -> dict:
+def find_backbone(found: dict, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of `found`, or of a dict in it, that match most keys of `own`, prefix removed."""
     first = next(iter(own))
-    best: dict = {}
+    parts = []
     dicts = [found]
     for state in dicts:
         dicts += [value for value in state.values() if isinstance(value, dict)]
         named = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        prefixes = {k.removesuffix(first) for k in named if k.endswith(first)}
-        for prefix in sorted(prefixes) or [""]:
+        prefixes = {k.removesuffix(first) for k in named if k.endswith(first)} or {""}
+        for prefix in sorted(prefixes):
             part = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
-            if len(part.keys() & own.keys()) > len(best.keys() & own.keys()) or not best:
-                best = part
-    return best
+            parts.append(part)
+    return max(parts, key=lambda part: len(part.keys() & own.keys()))
 
 
-def _download_weights(name: str) -> dict:
+def download_weights(name: str) -> dict:
     """The published file of a backbone; torch.hub keeps it."""
     try:
         if name in DINOV2:
@@ -438,11 +425,9 @@ def pick_device(local: int) -> torch.device:
     """The GPU of local rank `local`, or the CPU where there is none; RunError for a missing GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if local >= count:
-        what = f"LOCAL_RANK {local}: no such GPU, this process sees {count}"
-        remedy = "give a lower --nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks"
-        raise RunError(f"{what}; {remedy}")
+    if local >= torch.cuda.device_count():
+        what = f"LOCAL_RANK {local}: no such GPU, this process sees {torch.cuda.device_count()}"
+        raise RunError(f"{what}; lower --nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks")
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
@@ -585,17 +570,15 @@ def evaluate(
 ) -> dict[str, Tensor]:
     """Confusion matrices [C, C] of networks over the val images, each once over all ranks.
 
-    Batches are made of the whole set, then dealt to the ranks: as their content does not depend
-    on the number of ranks, neither does rounding. Each network sees images padded to its own grid,
-    so that its score does not depend on its partners, and to a size congruent to the crop: with
-    aligned corners, cells then lie as far apart as they did in training.
+    Batches do not depend on the number of ranks, so neither does rounding. Images are padded to
+    each network's own grid, to a size congruent to the crop: with aligned corners, cells then lie
+    as far apart as in training. Networks are left in train mode.
     """
     rank, world = rank_world()
     classes = len(split.classes)
     total = {n: torch.zeros(classes, classes, dtype=torch.int64, device=device) for n in nets}
     tuning = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False  # it would tune anew for each size
-    modes = {net: net.training for net in nets.values()}
     for grid in {net.backbone.grid for net in nets.values()}:
         alike = {name: net.eval() for name, net in nets.items() if net.backbone.grid == grid}
         batches = data.ValBatches(split.val, classes, grid, args.crop_size)
@@ -603,8 +586,8 @@ def evaluate(
             for name, net in alike.items():
                 prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
                 total[name] += confusion_matrix(prediction, batch["label"], classes)
-    for net, mode in modes.items():
-        net.train(mode)
+    for net in nets.values():
+        net.train()
     torch.backends.cudnn.benchmark = tuning
     return {name: rank_sum(t) for name, t in total.items()}
 
@@ -692,19 +675,17 @@ def list_pictures(args: argparse.Namespace) -> list[data.Item]:
     """The pictures of --predict, a file or a folder; InputError where output would overwrite."""
     pictures = [args.predict]
     if args.predict.is_dir():
-        pictures = sorted(p for p in args.predict.iterdir() if p.is_file())
+        pictures = sorted(p for p in args.predict.iterdir() if p.is_file() and p.name[0] != ".")
     if not pictures or not pictures[0].exists():
         raise InputError(f"--predict {args.predict}: no picture there; give a file or a folder")
-    if args.save_predictions.resolve() == pictures[0].parent.resolve():
-        what = f"--save-predictions {args.save_predictions}: holds the pictures"
-        raise InputError(f"{what}; give another folder")
-    taken: dict[str, Path] = {}
-    for path in pictures:
-        for name in (path.stem, f"{path.stem}_overlay"):
-            if name in taken:
-                both = f"{taken[name].name} and {path.name} would both be {name}.png"
-                raise InputError(f"{path.parent}: {both}; rename one")
-            taken[name] = path
+    folder = args.save_predictions
+    if folder.resolve() == pictures[0].parent.resolve():
+        raise InputError(f"--save-predictions {folder}: holds the pictures; give another folder")
+    names = [f"{path.stem}{end}" for path in pictures for end in ("", "_overlay")]
+    clashes = [name for name in names if names.count(name) > 1]
+    if clashes:
+        what = f"two pictures would both be {clashes[0]}.png"
+        raise InputError(f"{args.predict}: {what}; rename one")
     return [data.Item(path.stem, path, None) for path in pictures]
 
 
@@ -795,10 +776,10 @@ def parse(
     if first.test_only and name not in tuple(data.PRESETS):
         raise InputError(f"{first.test_only}: names no data set of ours; give --dataset too")
     dataset = data.find_dataset(name, first.root)
-    preset = data.PRESETS[dataset] | method.get("all", {}) | method.get(dataset, {})
-    vit = [b for b in (first.backbone, vars(first).get("senior")) if b in DINOV2]
-    if vit:
-        preset |= data.DINOV2_PRESETS[dataset]
+    vit = first.backbone in DINOV2 or vars(first).get("senior") in DINOV2
+    preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
+    rate = {"lr": preset["lr"]} if vit else {}  # a script's own is for CNNs
+    preset |= method.get("all", {}) | method.get(dataset, {}) | rate
     if isinstance(saved.get("eval"), dict):  # --test-only: as best.pt was evaluated, unless told
         # as text, which argparse checks like a flag
         preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode", "amp")}
@@ -847,6 +828,8 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
         method = args.method + ("-labeled" if args.labeled_only else "")
         where = "folder-" + args.root.resolve().name if args.dataset == "folder" else args.dataset
         args.out = Path(f"runs/{method}-{where}-{name}-s{args.seed}")
+    data.check_shared_memory(args, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), split)
+    data.look_at_masks(split)
     if args.compile:
         # a part in training, in eval and at each size share one cache, of 8 by default
         torch._dynamo.config.cache_size_limit = 64
@@ -1112,6 +1095,8 @@ def catch_signals() -> None:
     def wait() -> None:
         while True:
             number = woken.recv(1)[0]
+            if number not in (signal.SIGTERM, signal.SIGINT):  # a loader's worker that ended
+                continue
             if _process.signal or _process.evaluating:
                 print(f"signal {number}: ended at once; the last checkpoint stays", flush=True)
                 alarm.close()

@@ -15,13 +15,13 @@ Dimension key: B images, C classes, H and W pixels, V = 2 strong views, R = 4 ed
 import argparse
 import functools
 import hashlib
-import itertools
 import math
 import os
 import re
 import shutil
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,15 +29,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.random import Generator
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 IGNORE = 255
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as the backbones expect
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")  # PIL would run PostScript, too
 FILL = (124, 116, 104)  # padding is the mean colour: zero after normalisation, like a convolution's
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")  # PIL would run PostScript, too
+SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .tif .tiff .webp .ppm .pgm .pnm".split()
 
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
@@ -58,53 +60,39 @@ PROTOCOLS = ("classic", "blended", "priority")
 # fmt: off
 PRESETS = {
     "pascal": dict(
-        backbone="resnet101", weights="imagenet", crop_size=321, scale=(0.5, 2.0), batch_size=8,
-        epochs=80, optimizer="sgd", lr=1e-3, head_lr_mult=10.0, weight_decay=1e-4,
-        threshold=0.95, ramp=0.0,
-    ),
-    "folder": dict(
-        backbone="resnet101", weights="imagenet", crop_size=321, scale=(0.5, 2.0), batch_size=8,
-        epochs=80, optimizer="sgd", lr=1e-3, head_lr_mult=10.0, weight_decay=1e-4,
-        threshold=0.95, ramp=0.0,
-    ),
+        backbone="resnet101", weights="imagenet", optimizer="sgd", lr=1e-3, head_lr_mult=10.0,
+        weight_decay=1e-4, batch_size=8, epochs=80, crop_size=321, scale=(0.5, 2.0),
+        threshold=0.95, ramp=0.0),
     "cityscapes": dict(
-        backbone="resnet101", weights="imagenet", crop_size=801, scale=(0.5, 2.0), batch_size=8,
-        epochs=240, optimizer="sgd", lr=5e-3, head_lr_mult=1.0, weight_decay=1e-4,
-        threshold=0.0, ramp=0.0, sup_loss="ohem", eval_mode="slide",
-    ),
+        backbone="resnet101", weights="imagenet", optimizer="sgd", lr=5e-3, head_lr_mult=1.0,
+        weight_decay=1e-4, batch_size=8, epochs=240, crop_size=801, scale=(0.5, 2.0),
+        threshold=0.0, ramp=0.0, sup_loss="ohem", eval_mode="slide"),
     "shapes": dict(
-        backbone="resnet18", weights="none", crop_size=64, scale=(0.8, 1.25), batch_size=8,
-        epochs=7, optimizer="adamw", lr=1e-3, head_lr_mult=1.0, weight_decay=1e-4,
-        threshold=0.95, ramp=0.5, eval_every=120,
-    ),
+        backbone="resnet18", weights="none", optimizer="adamw", lr=1e-3, head_lr_mult=1.0,
+        weight_decay=1e-4, batch_size=8, epochs=7, crop_size=64, scale=(0.8, 1.25),
+        threshold=0.95, ramp=0.5, eval_every=120),
 }
-# A DINOv2 backbone changes these; shapes train one from scratch.
-DINOV2_PRESETS = {
+DINOV2_PRESETS = {  # what a DINOv2 backbone changes; shapes train one from scratch
     "pascal": dict(
-        crop_size=518, batch_size=16, epochs=60, optimizer="adamw", lr=5e-6, head_lr_mult=40.0,
-        weight_decay=0.01, threshold=0.95,
-    ),
-    "folder": dict(
-        crop_size=518, batch_size=16, epochs=60, optimizer="adamw", lr=5e-6, head_lr_mult=40.0,
-        weight_decay=0.01, threshold=0.95,
-    ),
+        optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, batch_size=16, epochs=60,
+        crop_size=518, threshold=0.95),
     "cityscapes": dict(
-        crop_size=798, batch_size=8, epochs=180, optimizer="adamw", lr=5e-6, head_lr_mult=40.0,
-        weight_decay=0.01, threshold=0.95,
-    ),
+        optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, batch_size=8, epochs=180,
+        crop_size=798, threshold=0.95),
     "shapes": dict(
-        crop_size=70, batch_size=8, optimizer="adamw", lr=5e-4, head_lr_mult=1.0,
-        weight_decay=0.01, threshold=0.95,
-    ),
+        optimizer="adamw", lr=5e-4, head_lr_mult=1.0, weight_decay=0.01, batch_size=8,
+        crop_size=70, threshold=0.95),
 }
 # fmt: on
+PRESETS["folder"] = PRESETS["pascal"]
+DINOV2_PRESETS["folder"] = DINOV2_PRESETS["pascal"]
 
 
 class InputError(Exception):
     """Bad input. The message is one line that names the file, the value and the remedy."""
 
 
-def rng(seed: int, stream: str, *key: int) -> np.random.Generator:
+def rng(seed: int, stream: str, *key: int) -> Generator:
     """The random numbers of a place in a run: seed, stream, and e.g. step and position."""
     return np.random.default_rng((seed, zlib.crc32(stream.encode()), *key))
 
@@ -131,14 +119,18 @@ class Source:
     train: list[Item]
     val: list[Item]
     fine: set[str] = field(default_factory=set)  # VOC: ids with masks of VOC's own, not SBD's
+    left: dict[Path, str] = field(default_factory=dict)  # files that are not used, and why
 
 
-def _list(path: Path) -> list[str]:
+def _list(path: Path, blank: bool = False) -> list[str]:
+    """The lines of a text file; `blank`: with blank ones, but for those at its end."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes it
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")  # -sig: without a BOM
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not a readable text file ({e}); give a plain list") from None
-    return [line.strip() for line in lines if line.strip()]
+        raise InputError(f"{path}: not a readable text file ({e}); save it as UTF-8") from None
+    return [line.strip() for line in text.rstrip().splitlines() if blank or line.strip()]
 
 
 def _pascal_root(root: Path) -> Path | None:
@@ -149,9 +141,8 @@ def _pascal_root(root: Path) -> Path | None:
 def _pascal(root: Path) -> Source:
     voc = _pascal_root(root)
     if voc is None:
-        what = "no PASCAL VOC 2012 here: no VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
-        command = f"python data.py --dataset pascal --root {root} --download"
-        raise InputError(f"{root}: {what}; fetch it with: {command}")
+        what = "no VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt here; fetch PASCAL VOC 2012 by"
+        raise InputError(f"{root}: {what} python data.py --dataset pascal --root {root} --download")
     lists = voc / "ImageSets/Segmentation"
     fine = set(_list(lists / "train.txt"))
     val = _list(lists / "val.txt")
@@ -184,43 +175,57 @@ def _cityscapes(root: Path) -> Source:
 
     source = Source("cityscapes", CITYSCAPES_CLASSES, root, items("train"), items("val"))
     if not source.train or not source.val:
-        raise InputError(
-            f"{root}: no Cityscapes here; looked for leftImg8bit/{{train,val}}/*/*.png; "
-            "fetch leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
-            "https://www.cityscapes-dataset.com and unpack them there"
-        )
+        what = "no leftImg8bit/{train,val}/*/*_leftImg8bit.png here"
+        where = "{leftImg8bit,gtFine}_trainvaltest.zip of https://www.cityscapes-dataset.com"
+        raise InputError(f"{root}: {what}; unpack {where} there")
     return source
 
 
 def _folder(root: Path) -> Source:
-    classes = root / "classes.txt"
-    if not os.path.isfile(classes):
+    names = root / "classes.txt"
+    if not os.path.isfile(names):
         what = "{train,val}/{images,masks} and classes.txt with a class name a line"
-        raise InputError(f"{classes}: not found; a folder data set has {what}")
-
-    def items(part: str) -> list[Item]:
-        files = (root / part / "images").glob("*")
-        files = [f for f in files if f.suffix.lower() in Image.registered_extensions()]
-        files.sort(key=lambda f: (f.stem, f.suffix))
-        masks = (root / part / "masks").glob("*")
-        masks = {m.stem: m for m in masks if m.suffix.lower() == ".png"}
-        if part == "val":  # each needs one: `make_split` says which is not there
-            masks = {f.stem: root / f"val/masks/{f.stem}.png" for f in files} | masks
-        return [Item(f.stem, f, masks.get(f.stem)) for f in files]
-
-    source = Source("folder", _list(classes), root, items("train"), items("val"))
-    if not 1 <= len(source.classes) <= IGNORE:
-        raise InputError(f"{classes}: {len(source.classes)} classes; name 1 to 255, one a line")
-    for part, found in (("train", source.train), ("val", source.val)):
-        for a, b in itertools.pairwise(found):
-            if a.id == b.id:
-                raise InputError(f"{a.image} and {b.image.name}: one stem; rename or remove one")
-        if not found:
+        raise InputError(f"{names}: not found; a folder data set has {what}")
+    classes = _list(names, blank=True)
+    for k, name in enumerate(classes):
+        if not name or classes.index(name) < k:
+            what = f"repeats {name!r}" if name else "is blank"
+            raise InputError(f"{names}: line {k + 1} {what}; each line names the class of its id")
+    if not 1 <= len(classes) <= IGNORE:
+        raise InputError(f"{names}: {len(classes)} classes; name 1 to 255, one a line")
+    source = Source("folder", classes, root, [], [])
+    for part, items in (("train", source.train), ("val", source.val)):
+        images = _files(root / part / "images", SUFFIXES, source.left)
+        if not images:
             raise InputError(f"{root / part}/images: holds no image; put the {part} images there")
+        masks = _files(root / part / "masks", [".png"], source.left)
+        for stem in masks.keys() - images.keys():
+            source.left[masks[stem]] = "no image has its stem"
+        for stem, image in images.items():
+            missing = root / f"val/masks/{stem}.png" if part == "val" else None  # val needs one
+            items.append(Item(stem, image, masks.get(stem, missing)))
     return source
 
 
+def _files(folder: Path, suffixes: list[str], left: dict[Path, str]) -> dict[str, Path]:
+    """Files of a folder with one of the suffixes, by stem. What else is there goes to `left`."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*"), key=lambda f: (f.stem, f.suffix)):
+        if path.name.startswith("."):
+            left[path] = "a hidden file"
+        elif path.is_dir():
+            left[path] = "a folder: images lie side by side"
+        elif path.suffix.lower() not in suffixes:
+            left[path] = f"its suffix is none of {' '.join(suffixes)}"
+        elif path.stem in found:
+            raise InputError(f"{found[path.stem]} and {path.name}: one stem; rename one of them")
+        else:
+            found[path.stem] = path
+    return found
+
+
 SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE, BUILT_IN = 512, 128, 96, Path("built in")
+VAL_PIXELS = 2**21  # of a val batch
 
 
 def _shapes(root: Path) -> Source:
@@ -230,10 +235,7 @@ def _shapes(root: Path) -> Source:
 
 
 def find_dataset(name: str | None, root: Path) -> str:
-    """The data set that a run without --dataset takes: pascal if it is under root, else shapes.
-
-    InputError for a root that was given, but does not hold VOC.
-    """
+    """Without a name: pascal if it is under root, else shapes; InputError if a root was given."""
     if name or _pascal_root(root):
         return name or "pascal"
     if root is not ROOT:  # the default itself, not a --root data that was given
@@ -309,27 +311,55 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(image, 0, 255).astype(np.uint8), label
 
 
-def _open(path: Path, what: str, decode: bool = True) -> Image.Image:
+def _open(path: Path, what: str, decode: bool = True) -> tuple[Image.Image, int]:
+    """A picture, upright, and the EXIF orientation that it was stored with (1 is upright).
+
+    `decode` False: the header alone, as stored. InputError for what cannot be read, or is not read
+    as meant: over 8 bits a channel, of which Pillow keeps 8; see-through pixels;
+    masks that are no PNG, or of 2 or 4 bits of grey, which Pillow stretches to 0-255.
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            deep = image.mode[0] in "IF"  # 16 or 32 bits a channel, which convert("RGB") would clip
-            scaled = {t[3] for t in image.tile} & {"L;2", "L;4"}  # to 0-255, so no class ids
-            if deep or what == "mask" and scaled:
-                raise ValueError(f"{'more' if deep else 'fewer'} than 8 bits a channel")
-            if decode:  # else the header alone
+            stored = str([tile[3] for tile in image.tile])  # e.g. RGB;16B, that is read as RGB
+            bits = getattr(image, "tag_v2", {}).get(258, 8)  # of a TIFF, for each channel
+            if image.mode[0] in "IF" or re.search(";16[BLN]", stored) or np.max(bits) > 8:
+                raise ValueError("more than 8 bits a channel; save it with 8")
+            if what == "mask" and image.format != "PNG":
+                raise ValueError(f"{image.format}; save the class ids as an 8-bit PNG")
+            if what == "mask" and re.search("L;[24]", stored):
+                raise ValueError("fewer than 8 bits a pixel; save it with 8")
+            noted = image.format != "PNG" or any("exif" in k or "xmp" in k for k in image.info)
+            turn = image.getexif().get(274) if noted else 1  # it would decode a whole PNG
+            turn = turn if turn in range(1, 9) else 1
+            if decode or image.format == "TIFF":  # Pillow turns TIFF itself
                 image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            if decode and image.format != "TIFF" and turn > 1:
+                ImageOps.exif_transpose(image, in_place=True)
+            if decode and (image.mode[-1] in "aA" or "transparency" in image.info):
+                lowest = image.convert("RGBA").getextrema()[3][0]
+                if what == "image" and lowest < 255:
+                    raise ValueError("transparent pixels have no colour of their own; fill them")
+            return image, turn
+    except Exception as e:  # Pillow raises many kinds for broken files
         raise InputError(f"{path}: no readable {what} ({e}); replace or remove it") from None
 
 
+@functools.cache  # each evaluation asks for it
+def _size(item: Item) -> tuple[int, int]:
+    """(width, height) of an upright image."""
+    if isinstance(item.image, int):
+        return SHAPES_SIZE, SHAPES_SIZE
+    image, turn = _open(item.image, "image", decode=False)
+    return image.size[::-1] if turn > 4 and image.format != "TIFF" else image.size
+
+
 def open_picture(path: Path) -> Image.Image:
-    """A picture as RGB. A file that cannot be decoded is an InputError."""
-    return _open(path, "image").convert("RGB")
+    """A picture file as upright RGB. InputError if it cannot be decoded, or not as it is meant."""
+    return _open(path, "image")[0].convert("RGB")
 
 
 def read_image(item: Item) -> Image.Image:
-    """The image of an item as RGB. A file that cannot be decoded is an InputError."""
+    """The image of an item, as open_picture."""
     if isinstance(item.image, int):
         return Image.fromarray(draw_shapes(item.image)[0])
     return open_picture(item.image)
@@ -342,7 +372,7 @@ def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Imag
     """
     if isinstance(item.image, int):
         return Image.fromarray(draw_shapes(item.image)[1])
-    mask = _open(item.mask, "mask")
+    mask, _ = _open(item.mask, "mask")
     if mask.mode not in ("L", "P"):
         why = f"mode {mask.mode}, not one 8-bit channel of class ids"
         raise InputError(f"{item.mask}: {why}; map each colour to its class's id and save that")
@@ -351,11 +381,19 @@ def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Imag
         train_ids = {raw: k for k, raw in enumerate(CITYSCAPES_IDS)}
         mask = mask.point([train_ids.get(raw, IGNORE) for raw in range(256)])
     if mask.size != size:
-        raise InputError(f"{item.mask}: {mask.size} pixels, its image has {size}; make them agree")
+        why = f"{mask.size} pixels, its image has {size}"
+        if mask.size == size[::-1]:
+            why += " when it is turned upright, as its EXIF orientation says"
+        raise InputError(f"{item.mask}: {why}; make them agree")
     bad = [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]
     if bad:
         why = f"value {bad[0]}, but classes are 0 to {num_classes - 1} and 255 is ignored"
-        raise InputError(f"{item.mask}: {why}; map it to one of these")
+        remedy = "map it to one of these"
+        if bad == [num_classes]:
+            remedy += (
+                "; if 0 is void and all ids are one too high, save 0 as 255 and the others - 1"
+            )
+        raise InputError(f"{item.mask}: {why}; {remedy}")
     return mask
 
 
@@ -376,7 +414,7 @@ class Split:
 
 
 def load_split(args: argparse.Namespace) -> Split:
-    """The split that the flags of `add_flags` name. InputError says what is wrong with it."""
+    """The split that the flags of `add_flags` name. InputError says what is wrong."""
     source = load_source(args.dataset, args.root)
     return make_split(source, args.split, args.split_seed, args.protocol)
 
@@ -397,9 +435,8 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
         said = f"{protocol} protocol, {said}" if source.name == "pascal" else said
     if source.fine and all(i.id in source.fine for i in source.train):
         if protocol != "classic":
-            why = f"{source.root} has VOC's own {len(source.train)} training images alone"
-            command = "python data.py --dataset pascal --download"
-            raise InputError(f"--protocol {protocol}: {why}; add SBD's by {command}")
+            why = f"{source.root} has no images of SBD; add them by python data.py --download"
+            raise InputError(f"--protocol {protocol}: {why}")
         said += " (no SBD: VOC's own images alone)"
 
     seen = {}
@@ -416,20 +453,26 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
                     raise InputError(f"{item.id}: {what}; add it or unlist the id")
 
     own = {(i.image, i.mask) for i in source.train}
-    ids = []
+    lines = []
     for i in labeled:  # lists may give an image another mask than the data set's
-        name = i.id
-        if (i.image, i.mask) not in own:
-            for file in (i.image, i.mask):
-                name += f" {file.relative_to(source.root).as_posix()}"
-        ids.append(name)
-    ids += ["--", *[i.id for i in unlabeled]]
-    digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()[:8]
+        paths = [] if (i.image, i.mask) in own else [i.image, i.mask]
+        lines.append(" ".join([i.id, *(p.relative_to(source.root).as_posix() for p in paths)]))
+    lines += ["--", *(i.id for i in unlabeled)]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
     line = (
         f"{source.name}: {said}: {len(labeled)} labelled, {len(unlabeled)} unlabelled, "
         f"{len(source.val)} val images, {len(source.classes)} classes, lists {digest}"
     )
-    return Split(labeled, unlabeled, source.val, source.classes, digest, line, [])
+    notes = []
+    left: dict[tuple[Path, str], list[str]] = {}
+    for path, why in sorted(source.left.items()):
+        left.setdefault((path.parent, why), []).append(path.name)
+    for (folder, why), names in left.items():
+        more = ", ..." if len(names) > 3 else ""
+        notes.append(f"{folder}: {len(names)} left out ({why}): {', '.join(names[:3])}{more}")
+    if unlisted := len({i.image for i in source.train} - seen.keys()):
+        notes.append(f"{said}: {unlisted} training images are in neither list and left out")
+    return Split(labeled, unlabeled, source.val, source.classes, digest, line, notes)
 
 
 def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[Item], list[Item]]:
@@ -447,7 +490,8 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
         kinds = "a fraction (1/8, full), a count (92) nor a folder of labeled.txt, unlabeled.txt"
         raise InputError(f"--split {split}: neither {kinds}")
     if not most:
-        raise InputError(f"{source.root}: no training image has a mask of its stem; add some")
+        left = f" ({len(source.left)} files are left out)" if source.left else ""
+        raise InputError(f"{source.root}: no training image has a mask of its stem; add some{left}")
     if not 0 < n <= most:
         raise InputError(f"--split {split}: {n} labelled images, but it must be 1 to {most}")
     chosen = {i.id for i in pool[:n]}
@@ -462,21 +506,24 @@ def _read_list(source: Source, path: Path) -> list[Item]:
     by_image = {i.image: i for i in both}
     items = []
     for line in _list(path):
-        words = [line] if line in by_id else line.split()
+        words = [line] if line in by_id else line.replace("\\", "/").split()
         for word in words:
-            if Path(word).is_absolute() or ".." in Path(word).parts or "\0" in word:
+            drive = re.match("[A-Za-z]:", word) and word not in by_id
+            if drive or Path(word).is_absolute() or ".." in Path(word).parts or "\0" in word:
                 raise InputError(f"{path}: {word!r} leads out of {source.root}; use relative paths")
         if "/" in words[0]:
             image = source.root / words[0]
             item = by_image.get(image) or Item(image.stem, image, None)
             mask = source.root / words[-1] if len(words) > 1 else None
-            if mask and os.path.isfile(mask):  # else its own: lists name VOC's folder for SBD's too
+            # VOC's lists name its own folder also for SBD's masks, Cityscapes' the train ids
+            if mask and (source.name == "folder" or os.path.isfile(mask)):
                 item = Item(item.id, image, mask)
         else:
-            a_file = Path(words[0]).suffix.lower() in Image.registered_extensions()
+            a_file = Path(words[0]).suffix.lower() in SUFFIXES
             item = by_id.get(words[0]) or by_id.get(Path(words[0]).stem if a_file else "")
         if item is None:
-            raise InputError(f"{path}: {words[0]} is not in {source.name} {source.root}; remove it")
+            where = f"{source.name} {source.root}"
+            raise InputError(f"{path}: {words[0]!r} is not in {where}; remove it")
         items.append(item)
     if not items:
         raise InputError(f"{path}: an empty list; give at least one image")
@@ -489,11 +536,34 @@ def write_split(split: Split, root: Path, out: Path) -> None:
     for name, items in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
         lines = []
         for i in items:
-            files = [] if isinstance(i.image, int) else [p for p in (i.image, i.mask) if p]
-            paths = [p.relative_to(root).as_posix() for p in files]
-            spaced = any(len(p.split()) > 1 for p in paths)  # such a line could not be read back
-            lines.append(i.id if spaced else " ".join(paths) or i.id)
+            files = [p for p in (i.image, i.mask) if isinstance(p, Path) and p != BUILT_IN]
+            line = " ".join(p.relative_to(root).as_posix() for p in files)
+            lines.append(line if line.count(" ") < len(files) else i.id)  # no names with spaces
         (out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def look_at_masks(split: Split) -> None:
+    """Finds bad masks before the training does.
+
+    Reads labelled masks until one shows a value other than 0 and 255, then val masks for at most
+    ten seconds. InputError for the first bad mask, or if no labelled mask shows another value.
+    """
+    if isinstance(split.val[0].image, int):
+        return
+    for item in split.labeled:
+        mask = read_mask(item, _size(item), len(split.classes))
+        if any(mask.histogram()[1:IGNORE]):
+            break
+    else:
+        if len(split.classes) > 1:
+            what = f"the {len(split.labeled)} labelled masks hold nothing but 0 and 255 (ignored)"
+            remedy = "save each class as its id, a foreground as 1"
+            raise InputError(f"{split.labeled[0].mask.parent}: {what}; {remedy}")
+    end = time.monotonic() + 10
+    for item in split.val:
+        read_mask(item, _size(item), len(split.classes))
+        if time.monotonic() > end:
+            break
 
 
 # --------------------------------------------------------------------------- training batches
@@ -504,7 +574,7 @@ def weak_view(
     mask: Image.Image | None,
     crop: int,
     scale: tuple[float, float],
-    r: np.random.Generator,
+    r: Generator,
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int, int, int]]:
     """Random scale, crop, flip (u; x with its y). Only the crop is resampled.
 
@@ -526,10 +596,12 @@ def weak_view(
 
     def cut(picture: Image.Image, how: Image.Resampling, fill: int | tuple) -> np.ndarray:
         part = picture.resize((cw, ch), how, box)
-        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part
+        if flip:
+            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if (cw, ch) != (crop, crop):
-            part, small = Image.new(picture.mode, (crop, crop), fill), part
-            part.paste(small, (rect[1], 0))
+            padded = Image.new(picture.mode, (crop, crop), fill)
+            padded.paste(part, (rect[1], 0))
+            part = padded
         return np.asarray(part)
 
     u = cut(image, Image.Resampling.BILINEAR, FILL)
@@ -537,7 +609,7 @@ def weak_view(
     return u, y, rect
 
 
-def strong_params(r: np.random.Generator) -> list[float]:
+def strong_params(r: Generator) -> list[float]:
     """Draws a strong view: brightness, contrast, saturation, hue, grey, blur sigma; off = identity.
 
     Colour jitter (0.5, 0.5, 0.5, 0.25) with p 0.8, grey p 0.2, Gaussian blur sigma 0.1-2.0 p 0.5.
@@ -548,7 +620,7 @@ def strong_params(r: np.random.Generator) -> list[float]:
     return [*jitter, grey, sigma if r.random() < 0.5 else 0.0]
 
 
-def cutmix_box(crop: int, r: np.random.Generator) -> tuple[int, int, int, int]:
+def cutmix_box(crop: int, r: Generator) -> tuple[int, int, int, int]:
     """With p 0.5 a box of 2-40 % of the crop, aspect 0.3-1/0.3, fully inside; else an empty one."""
     if r.random() < 0.5:
         return 0, 0, 0, 0
@@ -567,69 +639,52 @@ class TrainBatches(Dataset):
     u, u_rect, u_id alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box)
     and `order` of the four jitter ops, one for the whole global batch. `step` and `positions` (in
     the global batch) say which samples these are.
-    An InputError comes back as {"error": line}: a worker must not die in silence.
     """
 
     def __init__(
-        self,
-        split: Split,
-        args: argparse.Namespace,
-        rank: int = 0,
-        world: int = 1,
-        unlabeled: bool = True,
+        self, split: Split, args: argparse.Namespace, rank=0, world=1, unlabeled=True
     ) -> None:
         share = args.batch_size // world
         self.positions = list(range(rank * share, (rank + 1) * share))
-        self.split, self.seed, self.unlabeled = split, args.seed, unlabeled
-        self.crop, self.scale = args.crop_size, args.scale
-        self.batch, self.steps = args.batch_size, args.iters
+        self.split, self.args, self.unlabeled = split, args, unlabeled
 
-    def __len__(self) -> int:
-        return self.steps
+    def __getitem__(self, step: int) -> dict:
+        batch = {"step": step, "positions": self.positions}
+        self.views(batch, "x", self.pick(self.split.labeled, "labeled", step))
+        if self.unlabeled:
+            self.views(batch, "u", self.pick(self.split.unlabeled, "unlabeled", step))
+            strong, boxes = [], []
+            for v in (1, 2):
+                crop = self.args.crop_size
+                strong.append([strong_params(r) for r in self.rngs(f"strong{v}", step)])
+                boxes.append([cutmix_box(crop, r) for r in self.rngs(f"box{v}", step)])
+            batch["strong"] = torch.tensor(strong, dtype=torch.float32)
+            batch["box"] = torch.tensor(boxes)
+            batch["order"] = rng(self.args.seed, "order", step).permutation(4).tolist()
+        return batch
 
-    def rngs(self, stream: str, step: int) -> list[np.random.Generator]:
+    def rngs(self, stream: str, step: int) -> list[Generator]:
         """The random numbers of each sample of a step."""
-        return [rng(self.seed, stream, step, p) for p in self.positions]
+        return [rng(self.args.seed, stream, step, p) for p in self.positions]
 
     def pick(self, items: list[Item], stream: str, step: int) -> list[Item]:
         """Epochs of shuffled images, incomplete last batches dropped.
 
         No image is twice in a batch, unless there are fewer than its size; neighbours differ.
         """
-        epoch, k = divmod(step, max(1, len(items) // self.batch))
-        order = _order(self.seed, stream, epoch, len(items))
-        return [items[order[(k * self.batch + p) % len(items)]] for p in self.positions]
+        size, n = self.args.batch_size, len(items)
+        epoch, k = divmod(step, max(1, n // size))
+        order = rng(self.args.seed, stream, epoch).permutation(n)
+        return [items[order[(k * size + p) % n]] for p in self.positions]
 
-    def __getitem__(self, step: int) -> dict:
-        try:
-            return self.load(step)
-        except InputError as e:
-            return {"error": str(e)}
-
-    def load(self, step: int) -> dict:
-        batch = {"step": step, "positions": self.positions}
-        items = self.pick(self.split.labeled, "labeled", step)
-        self.views(batch, "x", items, step)
-        if self.unlabeled:
-            items = self.pick(self.split.unlabeled, "unlabeled", step)
-            self.views(batch, "u", items, step)
-            strong, boxes = [], []
-            for v in (1, 2):
-                strong.append([strong_params(r) for r in self.rngs(f"strong{v}", step)])
-                boxes.append([cutmix_box(self.crop, r) for r in self.rngs(f"box{v}", step)])
-            batch["strong"] = torch.tensor(strong, dtype=torch.float32)
-            batch["box"] = torch.tensor(boxes)
-            batch["order"] = rng(self.seed, "order", step).permutation(4).tolist()
-        return batch
-
-    def views(self, batch: dict, name: str, items: list[Item], step: int) -> None:
-        """Adds the weak views of x (with their labels y) or of u."""
+    def views(self, batch: dict, name: str, items: list[Item]) -> None:
+        """Adds the weak views of x, with their labels y, or of u."""
         images, labels, rects = [], [], []
-        for item, r in zip(items, self.rngs(name, step), strict=True):
+        for item, r in zip(items, self.rngs(name, batch["step"]), strict=True):
             image, mask = read_image(item), None
             if name == "x":
                 mask = read_mask(item, image.size, len(self.split.classes))
-            view, label, rect = weak_view(image, mask, self.crop, self.scale, r)
+            view, label, rect = weak_view(image, mask, self.args.crop_size, self.args.scale, r)
             images.append(view)
             labels.append(label)
             rects.append(rect)
@@ -640,21 +695,18 @@ class TrainBatches(Dataset):
         batch[f"{name}_id"] = [item.id for item in items]
 
 
-@functools.lru_cache(maxsize=8)
-def _order(seed: int, stream: str, epoch: int, n: int) -> np.ndarray:
-    return rng(seed, stream, epoch).permutation(n)
-
-
 def _loaded(dataset: Dataset, steps: range, workers: int, device: torch.device) -> Iterator[dict]:
-    # batch_size=None: an item is a batch already
-    more = dict(worker_init_fn=_ignore_signals, pin_memory=device.type == "cuda")
-    for batch in DataLoader(dataset, None, sampler=steps, num_workers=workers, **more):
-        if "error" in batch:
-            raise InputError(batch["error"])
-        yield batch
+    pin = device.type == "cuda"
+    loader = DataLoader(  # batch_size None: an item is a batch already
+        dataset, None, sampler=steps, num_workers=workers, pin_memory=pin, worker_init_fn=_calm
+    )
+    try:
+        yield from loader
+    except InputError as e:  # a worker's holds its traceback; the line stands at the end
+        raise InputError(str(e).rpartition("InputError: ")[2].strip()) from None
 
 
-def _ignore_signals(_worker: int) -> None:
+def _calm(_worker: int) -> None:
     # Ctrl-C and a cluster's SIGTERM reach the workers too, but the step under way needs them
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -668,22 +720,16 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
 
 
 def train_batches(
-    split: Split,
-    args: argparse.Namespace,
-    rank: int,
-    world: int,
-    start: int,
-    device: torch.device,
-    unlabeled: bool = True,
+    split: Split, args: argparse.Namespace, rank, world, start, device, unlabeled=True
 ) -> Iterator[dict]:
-    """Yields this rank's batches from step `start` on, on the device, see TrainBatches.
+    """Yields this rank's TrainBatches from step `start` on, on the device.
 
     x and u are [b, 3, H, W] float in [0, 1], y is int64. Made of the rectangles, as bool:
     x_valid and u_valid [b, H, W], True where a crop holds image; cutmix [V, b, H, W], True where
     a view is to be its partner's.
     """
-    dataset = TrainBatches(split, args, rank, world, unlabeled)
-    for batch in _loaded(dataset, range(start, len(dataset)), args.workers, device):
+    dataset, crop = TrainBatches(split, args, rank, world, unlabeled), args.crop_size
+    for batch in _loaded(dataset, range(start, args.iters), args.workers, device):
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 batch[name] = to_device(value, device)
@@ -691,7 +737,7 @@ def train_batches(
         rects = [batch["x_rect"]]
         if unlabeled:
             rects += [batch["u_rect"], *batch["box"]]
-        masks = rect_mask(torch.cat(rects), dataset.crop, dataset.crop)
+        masks = rect_mask(torch.cat(rects), crop, crop)
         b = len(batch["x"])
         batch["x"] = batch["x"].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
         batch["x_valid"] = masks[:b]
@@ -702,15 +748,39 @@ def train_batches(
         yield batch
 
 
+def check_shared_memory(
+    args: argparse.Namespace, world_on_this_machine: int, split: Split | None = None
+) -> None:
+    """InputError if /dev/shm cannot hold the batches that workers keep ready: they would wait.
+
+    With a split, val batches count too: the training's wait in memory during an evaluation.
+    """
+    if args.workers == 0 or not os.path.isdir("/dev/shm"):
+        return
+    samples = args.batch_size // world_on_this_machine  # of a rank
+    need = samples * args.crop_size**2 * 7  # x and u of three bytes a pixel, y of one
+    if split is not None:
+        width, height = _size(split.val[0])
+        need += 4 * max(width * height, min(VAL_PIXELS, 16 * width * height))
+    need = (need + 2**16) * (2 * args.workers + 1) * world_on_this_machine  # two a worker wait
+    free = shutil.disk_usage("/dev/shm").free
+    if free < need:
+        have = (
+            f"/dev/shm has {free / 2**20:.1f} MB free, the workers' batches take {need / 2**20:.1f}"
+        )
+        more = f"docker run --shm-size {math.ceil(need / 2**30)}g"
+        raise InputError(f"{have}; give --workers 0, or start the container by {more}")
+
+
 # --------------------------------------------------------------------------- on the device
 
 
 def rect_mask(rect: Tensor, height: int, width: int) -> Tensor:
     """[B, R] rectangles (top, left, bottom, right) as [B, H, W] bool, True inside."""
-    row = torch.arange(height, device=rect.device)[None]
-    col = torch.arange(width, device=rect.device)[None]
-    top, left, bottom, right = rect[..., None].unbind(1)
-    return ((row >= top) & (row < bottom))[:, :, None] & ((col >= left) & (col < right))[:, None]
+    row = torch.arange(height, device=rect.device)[None, :, None]
+    col = torch.arange(width, device=rect.device)[None, None, :]
+    top, left, bottom, right = rect[:, :, None, None].unbind(1)  # [B, 1, 1] each
+    return (row >= top) & (row < bottom) & (col >= left) & (col < right)
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -758,11 +828,8 @@ def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     c = chroma.clamp_min(1e-12)
-    sector = torch.where(
-        value == red,
-        (green - blue) / c,
-        torch.where(value == green, 2 + (blue - red) / c, 4 + (red - green) / c),
-    )
+    sector = torch.where(value == green, 2 + (blue - red) / c, 4 + (red - green) / c)
+    sector = torch.where(value == red, (green - blue) / c, sector)
     # a circle is 6 sectors; a channel is at value for 2, falls for 1, at value - chroma for 2
     k = (sector + 6 * shift + _channels((5.0, 3.0, 1.0), x.device)) % 6  # [B, 3, H, W]
     return value - chroma * (2 - (k - 2).abs()).clamp(0, 1)
@@ -783,9 +850,6 @@ def _gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 6) -> Tensor:
 # --------------------------------------------------------------------------- evaluation batches
 
 
-VAL_PIXELS = 2**21  # of a batch
-
-
 class ValBatches(Dataset):
     """Every val image once, in batches of one padded size that do not depend on who reads them.
 
@@ -795,13 +859,11 @@ class ValBatches(Dataset):
     those of a training crop lie. A batch has at most `most` images and VAL_PIXELS pixels.
     """
 
-    def __init__(
-        self, items: list[Item], num_classes: int, grid: int, crop: int = 0, most: int = 16
-    ) -> None:
+    def __init__(self, items: list[Item], num_classes: int, grid: int, crop=0, most=16) -> None:
         self.items, self.num_classes, self.grid, self.crop = items, num_classes, grid, crop
-        buckets: dict[tuple[int, int], list[int]] = {}
-        for k, item in enumerate(items):
-            buckets.setdefault(self.padded(_size(item)), []).append(k)
+        buckets: dict[tuple[int, int], list[Item]] = {}
+        for item in items:
+            buckets.setdefault(self.padded(_size(item)), []).append(item)
         self.batches = []
         for (h, w), members in buckets.items():
             n = max(1, min(most, VAL_PIXELS // (h * w)))
@@ -818,31 +880,19 @@ class ValBatches(Dataset):
         return len(self.batches)
 
     def __getitem__(self, k: int) -> dict:
-        try:
-            return self.load([self.items[i] for i in self.batches[k]])
-        except InputError as e:
-            return {"error": str(e)}
-
-    def load(self, items: list[Item]) -> dict:
+        items = self.batches[k]
         height, width = self.padded(_size(items[0]))
-        images = np.full((len(items), height, width, 3), FILL, np.uint8)
-        labels = np.full((len(items), height, width), IGNORE, np.uint8)
+        image = np.full((len(items), height, width, 3), FILL, np.uint8)
+        label = np.full((len(items), height, width), IGNORE, np.uint8)
         sizes = []
         for b, item in enumerate(items):
-            image = read_image(item)
-            w, h = image.size
-            images[b, :h, :w] = image
-            labels[b, :h, :w] = read_mask(item, image.size, self.num_classes)
+            picture = read_image(item)
+            w, h = picture.size
+            image[b, :h, :w] = picture
+            label[b, :h, :w] = read_mask(item, (w, h), self.num_classes)
             sizes.append((h, w))
-        image, label = torch.from_numpy(images), torch.from_numpy(labels)
-        return dict(image=image, label=label, size=sizes, id=[i.id for i in items])
-
-
-@functools.cache  # evaluations need it again
-def _size(item: Item) -> tuple[int, int]:
-    if isinstance(item.image, int):
-        return SHAPES_SIZE, SHAPES_SIZE
-    return _open(item.image, "image", decode=False).size
+        batch = {"size": sizes, "id": [item.id for item in items]}
+        return batch | {"image": torch.from_numpy(image), "label": torch.from_numpy(label)}
 
 
 def val_batches(
@@ -868,22 +918,27 @@ def palette() -> np.ndarray:
 
 
 def check(source: Source) -> tuple[list[str], list[str]]:
-    """Opens every image and mask; returns all faults, a line each, and the classes in no mask."""
-    faults, seen = [], set()
+    """Opens every image and mask; returns all faults and all that is worth a look, a line each."""
+    faults, notes, seen = [], [], set()
+    for path, why in sorted(source.left.items()):
+        hidden = path.name.startswith(".")
+        (notes if hidden else faults).append(f"{path}: not used: {why}; rename or remove it")
     for item in tqdm([*source.train, *source.val], unit="image", disable=None):
         try:
             image = read_image(item)
             if item.mask:
                 mask = read_mask(item, image.size, len(source.classes))
                 seen |= {v for v, n in enumerate(mask.histogram()) if n}
+            if isinstance(item.image, Path):
+                turn = _open(item.image, "image", decode=False)[1]
+                if turn > 1:
+                    notes.append(f"{item.image}: turned upright, by its EXIF orientation {turn}")
         except InputError as e:
             faults.append(str(e))
-    for part, items in (("train", source.train), ("val", source.val)):
-        ids, masks = {i.id for i in items}, sorted((source.root / part / "masks").glob("*"))
-        for m in masks if source.name == "folder" else ():
-            if m.stem not in ids or m.suffix.lower() != ".png":
-                faults.append(f"{m}: no image's mask; name it like its image, .png, or remove it")
-    return faults, [name for k, name in enumerate(source.classes) if k not in seen]
+    absent = [name for k, name in enumerate(source.classes) if k not in seen]
+    if absent:
+        notes.append(f"in no mask: {', '.join(absent)}; was such a class saved as 255?")
+    return faults, notes
 
 
 def download(root: Path) -> None:
@@ -895,19 +950,20 @@ def download(root: Path) -> None:
     except ImportError:
         raise InputError("SBD's masks are .mat files: pip install scipy, then again") from None
     sbd = root / "sbd"
-    more = dict(mode="segmentation", download=not (sbd / "cls").is_dir())
+    fetch = not (sbd / "cls").is_dir()
     try:
         VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
-        SBDataset(str(sbd), image_set="train", **more)
+        SBDataset(str(sbd), image_set="train", mode="segmentation", download=fetch)
     except (OSError, RuntimeError) as e:
         raise InputError(f"{root}: not fetched ({e}); see to network, disk; try again") from None
     voc = _pascal_root(root)
     lists, aug = voc / "ImageSets/Segmentation", voc / "SegmentationClassAug"
     aug.mkdir(exist_ok=True)
-    fine, val = _list(lists / "train.txt"), set(_list(lists / "val.txt"))
+    fine = _list(lists / "train.txt")
+    stems = {p.stem for p in (sbd / "cls").glob("*.mat")}
+    extra = sorted(stems.difference(fine, _list(lists / "val.txt")))
     for id in fine:
         shutil.copy(voc / f"SegmentationClass/{id}.png", aug)
-    extra = sorted({p.stem for p in (sbd / "cls").glob("*.mat")} - val - set(fine))
     for id in tqdm(extra, unit="mask", disable=None):
         mask = loadmat(sbd / f"cls/{id}.mat")["GTcls"]["Segmentation"][0, 0]
         Image.fromarray(mask.astype(np.uint8)).save(aug / f"{id}.png")
@@ -917,20 +973,17 @@ def download(root: Path) -> None:
 
 def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, path: Path) -> None:
     """Writes a picture, an image a row: weak view, two strong views, CutMix of the first, label."""
-    if path.suffix.lower() not in (".png", ".jpg"):
-        raise InputError(f"--preview {path}: give a .png file")
     items = [i for i in source.train if i.mask][:8]
-    if not items:
-        raise InputError(f"--preview: {source.root} has no train image with a mask; add one")
+    if not items or path.suffix.lower() not in SUFFIXES:
+        what = f"{path} is no .png file" if items else f"{source.root} has no mask of a train image"
+        raise InputError(f"--preview: {what}; give one")
     split = Split(items, items, [], source.classes, "", "", [])
-    args = argparse.Namespace(
-        seed=seed, crop_size=crop, scale=scale, batch_size=8, iters=1, workers=0
-    )
+    args = argparse.Namespace(seed=seed, crop_size=crop, scale=scale, batch_size=8)
+    args.iters, args.workers = 1, 0
     batch = next(train_batches(split, args, 0, 1, 0, torch.device("cpu")))
     u1, u2 = strong_views(batch["u"], batch["strong"], batch["order"])
     box = rect_mask(batch["box"][0], crop, crop)[:, None]  # [B, 1, H, W]
-    partner = torch.arange(8) ^ 1
-    mixed = torch.where(box, u1[partner], u1)
+    mixed = torch.where(box, u1[torch.arange(8) ^ 1], u1)
     labels = torch.from_numpy(palette()[batch["y"].numpy()]).permute(0, 3, 1, 2) / 255
     columns = torch.cat([batch["u"], u1, u2, mixed, batch["x"], labels], 3)  # [B, 3, H, 6W]
     rows = (columns.permute(0, 2, 3, 1).flatten(0, 1) * 255).round().byte()
@@ -970,13 +1023,12 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags of `python data.py`."""
     p = argparse.ArgumentParser(description="Checks a data set: opens all files, lists faults.")
     p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    a = p.add_argument
-    add_flags(a)
-    a("--download", action="store_true", help="first fetch VOC 2012 and SBD (needs scipy)")
-    a("--preview", type=Path, metavar="FILE.png", help="write a picture of the views, and stop")
-    a("--write-split", type=Path, metavar="DIR", help="write the lists of --split, and stop")
-    a("--seed", type=COUNT, default=0, help="of the preview")
-    a("--crop-size", type=STEPS, help="of the preview, pixels; unset: the data set's preset")
+    add_flags(p.add_argument)
+    p.add_argument("--download", action="store_true", help="first fetch VOC 2012 and SBD")
+    p.add_argument("--preview", type=Path, metavar="PNG", help="write a picture of views, and stop")
+    p.add_argument(
+        "--write-split", type=Path, metavar="DIR", help="write --split's lists, and stop"
+    )
     return p
 
 
@@ -990,19 +1042,16 @@ def main() -> None:
     source = load_source(name, args.root)
     if args.preview:
         preset = PRESETS[name]
-        crop = args.crop_size or preset["crop_size"]
-        preview(source, crop, preset["scale"], args.seed, args.preview)
+        preview(source, preset["crop_size"], preset["scale"], args.split_seed, args.preview)
         print(f"{args.preview}: u | u1 | u2 | CutMix of u1 | x | y; one image a row")
     elif args.write_split:
         split = make_split(source, args.split, args.split_seed, args.protocol)
         write_split(split, source.root, args.write_split)
-        print(f"{split.line}\nwritten to {args.write_split}")
+        print(split.line, *split.notes, f"written to {args.write_split}", sep="\n")
     else:
-        faults, absent = check(source)
-        if absent:
-            print(f"in no mask: {', '.join(absent)}; was such a class saved as 255?")
+        faults, notes = check(source)
         counts = f"{len(source.train)} train, {len(source.val)} val images"
-        print(*faults, f"{name}: {counts}, {len(faults)} faults", sep="\n")
+        print(*notes, *faults, f"{name}: {counts}, {len(faults)} faults", sep="\n")
         if faults:
             raise SystemExit(1)
 

@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def update_teacher(
     teacher: nn.Module, student: nn.Module, t: int, ema: float, mode: str = "train"
 ) -> None:
-    """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), at the start of step t from 1.
+    """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), before step t (step 3).
 
     Parameters in float32; at t = 1 it becomes a copy. `mode` "train", as released: batch norm is by
     the batch, with running statistics of its own; "eval": by the student's running statistics.
@@ -98,7 +98,7 @@ def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
 
 
 def mix_mask(boxes: Tensor, crop: int) -> Tensor:
-    """M [B, H, W], boxes [B, 3, 4] XORed onto zeros: True keeps a pixel, False is the partner's."""
+    """M [B, H, W] (step 4): boxes [B, 3, 4] XORed onto zeros; False is the partner's pixel."""
     inside = data.rect_mask(boxes.flatten(0, 1), crop, crop).unflatten(0, (-1, 3))  # [B, 3, H, W]
     return inside.sum(1) % 2 == 1
 
@@ -113,14 +113,14 @@ def partner(values: Tensor) -> Tensor:
 
 
 def mix(values: Tensor, M: Tensor) -> Tensor:
-    """M * values + (1 - M) * values[pi] of values [B, ..., H, W], M [B, H, W]."""
+    """M * values + (1 - M) * values[pi] of values [B, ..., H, W], M [B, H, W] (step 4)."""
     if values.dim() == 4:
         M = M[:, None]
     return torch.where(M, values, partner(values))
 
 
 class ClassStatistics(nn.Module):
-    """Running mean mu_c [C, A], diagonal covariance Sigma_c [C, A] of a network's classifier input.
+    """Running mean mu_c, diagonal covariance Sigma_c [C, A] of the classifier's input (step 8).
 
     After each update they are the exact mean and population variance, per class, of all pixels seen
     so far on all ranks. Buffers, so the checkpoint has them.
@@ -283,21 +283,22 @@ def mkd_step(
         valid = torch.ones_like(valid)
     valid = common.resize_mask(valid, size)[:, ::2, ::2]
 
-    # z~ of each network (steps 7 to 10), lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
+    # z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a of each network (steps 7 to 10),
+    # lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
-    labeled = (half_y, valid, strength)
+    shared = (half_y, valid, strength)  # by all four networks
     aug_s1 = half_s1
     aug_s2 = half_s2
     aug_t1 = half_t1
     aug_t2 = half_t2
     if args.fa in ("all", "students"):
-        aug_s1 = augmented_logits(nets["student1"], stats["student1"], half_s1, f_s1, *labeled)
-        aug_s2 = augmented_logits(nets["student2"], stats["student2"], half_s2, f_s2, *labeled)
+        aug_s1 = augmented_logits(nets["student1"], stats["student1"], half_s1, f_s1, *shared)
+        aug_s2 = augmented_logits(nets["student2"], stats["student2"], half_s2, f_s2, *shared)
     if args.fa == "all":
-        aug_t1 = augmented_logits(nets["teacher1"], stats["teacher1"], half_t1, f_t1, *labeled)
-        aug_t2 = augmented_logits(nets["teacher2"], stats["teacher2"], half_t2, f_t2, *labeled)
+        aug_t1 = augmented_logits(nets["teacher1"], stats["teacher1"], half_t1, f_t1, *shared)
+        aug_t2 = augmented_logits(nets["teacher2"], stats["teacher2"], half_t2, f_t2, *shared)
 
-    # Targets (step 11): t = argmax z~, kept where the confidence of z is enough
+    # Targets (step 11): argmax z~, kept where the confidence of z is enough
     label_s1 = aug_s1.detach().argmax(1)
     label_s2 = aug_s2.detach().argmax(1)
     label_t1 = aug_t1.argmax(1)
@@ -320,7 +321,7 @@ def mkd_step(
     loss_ss = loss_ss1 + loss_ss2
 
     # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss (step 14)
-    mutual = args.lambda_st * loss_st + args.lambda_ss * loss_ss  # of x as of u_mix
+    mutual = args.lambda_st * loss_st + args.lambda_ss * loss_ss
     loss = loss_sup1 + loss_sup2 + ramp * mutual
     keep = (keep_t1.float() + keep_t2.float()) / 2
     return {
@@ -352,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data
     split = data.load_split(args)
-    common.say(split.line)
+    common.say("\n".join([split.line, *split.notes]))
     common.settle(args, split, world, device)
 
     # ---- networks (step 1): one seed is drawn on for both students, so their heads differ

@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data
     split = data.load_split(args)
-    common.say(split.line)
+    common.say("\n".join([split.line, *split.notes]))
     common.settle(args, split, world, device)
 
     # ---- networks: the junior first, so that its weights are those of the other scripts
@@ -256,7 +256,6 @@ def main(argv: list[str] | None = None) -> None:
     senior = common.build_network(args.senior, *decoder)
     loaded = common.load_weights(senior, args.senior, args.senior_weights)
     common.say(f"senior: {loaded}")
-
     if world > 1 and device.type == "cuda":
         junior = nn.SyncBatchNorm.convert_sync_batchnorm(junior)
         senior = nn.SyncBatchNorm.convert_sync_batchnorm(senior)

@@ -172,12 +172,14 @@ def speed_step(
     y = batch["y"]
     u = data.normalize(batch["u"])
     valid = batch["u_valid"]
-    box_1, box_2 = batch["cutmix"]
+    box_1 = batch["cutmix"][0]
+    box_2 = batch["cutmix"][1]
     if not args.host_cutmix:
-        box_1 = box_2 = torch.zeros_like(valid)
-    u1, u2 = data.strong_views(batch["u"], batch["strong"], batch["order"])
-    u1 = cutmix(data.normalize(u1), box_1)
-    u2 = cutmix(data.normalize(u2), box_2)
+        box_1 = torch.zeros_like(valid)
+        box_2 = torch.zeros_like(valid)
+    strong = data.strong_views(batch["u"], batch["strong"], batch["order"])  # [2, B, 3, H, W]
+    u1 = cutmix(data.normalize(strong[0]), box_1)
+    u2 = cutmix(data.normalize(strong[1]), box_2)
 
     with torch.no_grad():
         # Predictions (step 2), in eval mode: z_u, f_u = net(u); z_1 = net(u1); z_2 = net(u2)
@@ -194,13 +196,16 @@ def speed_step(
         m = u1
         box_m = box_1
         if args.entropy_mix:
+            z_12 = z[len(u) :]
             valid_12 = torch.cat([cutmix(valid, box_1), cutmix(valid, box_2)])
-            h = cell_mean(entropy(z[len(u) :]), valid_12, args.grid)  # [2B, n, n]: h_1, then h_2
+            h_12 = cell_mean(entropy(z_12), valid_12, args.grid)  # [2B, n, n]
+            h_1 = h_12[: len(u)]
+            h_2 = h_12[len(u) :]
             coin = None
             if args.pick == "random":
                 coin = draw_coins(args.seed, batch["step"], batch["positions"], args.grid)
                 coin = data.to_device(coin, u.device)
-            second = pick_view(h[: len(u)], h[len(u) :], args.pick, coin)
+            second = pick_view(h_1, h_2, args.pick, coin)
             second = cells_to_pixels(second, *valid.shape[-2:])  # [B, H, W]
             m = torch.where(second[:, None], u2, u1)
             box_m = torch.where(second, box_2, box_1)
@@ -270,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- data
     split = data.load_split(args)
-    common.say(split.line)
+    common.say("\n".join([split.line, *split.notes]))
     common.settle(args, split, world, device)
 
     # ---- network

@@ -1,9 +1,12 @@
 """Tiny data sets on disk, in the layouts that users have. Each maker returns its root."""
 
 import argparse
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import data
@@ -100,5 +103,32 @@ def make_cityscapes(root: Path, raw: bool = False) -> Path:
 
 def batch_args(**changes: object) -> argparse.Namespace:
     """The flags that data.TrainBatches reads."""
-    flags = dict(seed=0, crop_size=32, batch_size=4, iters=12, labeled_only=False, scale=(0.5, 2.0))
+    flags = dict(seed=0, crop_size=32, batch_size=4, iters=12, workers=0, scale=(0.5, 2.0))
     return argparse.Namespace(**(flags | changes))
+
+
+def write_lists(folder: Path, labeled: list[str], unlabeled: list[str]) -> str:
+    """Writes labeled.txt and unlabeled.txt; returns what --split then gets."""
+    folder.mkdir(exist_ok=True)
+    (folder / "labeled.txt").write_text("\n".join(labeled) + "\n", encoding="utf-8")
+    (folder / "unlabeled.txt").write_text("\n".join(unlabeled) + "\n", encoding="utf-8")
+    return str(folder)
+
+
+def png(width: int, height: int, bits: int, color: int, row: bytes) -> bytes:
+    """A PNG of equal rows, of any depth and colour type: Pillow does not write them all."""
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress((b"\0" + row) * height)), (b"IEND", b"")]
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks:
+        file += struct.pack(">I", len(content)) + kind + content
+        file += struct.pack(">I", zlib.crc32(kind + content))
+    return file
+
+
+def shared(name: str) -> Path:
+    """A folder of real data beside the repository; skips the test where it is not."""
+    path = Path(__file__).resolve().parents[2] / "shared" / name
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there: no real data on this machine")
+    return path

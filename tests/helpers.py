@@ -4,7 +4,9 @@ The restatements are written from the notes, with loops, lists of pixels and exp
 none is copied from the code under test. A "pixel list" is [P, C]: one row for each pixel kept.
 """
 
+import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -20,7 +23,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from networks import build_network
+from common import build_network
+
+F64 = dict(rtol=1e-10, atol=1e-13)
+
+
+def draw(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
+    """Normal numbers in float64."""
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape) * scale)
+
+
+PADDINGS = ("all", "none", "rectangles", "ragged")
+
+
+def padded(case: str, b: int, h: int, w: int) -> Tensor:
+    """Valid maps [B, H, W]: all, none, cut by rectangles as in training, or ragged."""
+    valid = torch.full((b, h, w), case != "none")
+    if case == "rectangles":
+        for k in range(b):
+            valid[k, h - (k * h) // b :] = False
+            valid[k, :, : (k * w) // (b + 1)] = False
+    elif case == "ragged":
+        valid[:] = torch.from_numpy(np.random.default_rng(1).random((b, h, w)) < 0.6)
+        valid[0, : h // 2, : w // 2] = False
+    return valid
+
 
 # -------------------------------------------------------------------------------------- ranks
 
@@ -44,7 +71,7 @@ def _rank(rank: int, world: int, fn: Callable, args: tuple, folder: str) -> None
 # --------------------------------------------------------------------------------- a whole run
 
 TINY = (
-    "--dataset shapes --iters 2 --crop-size 48 --batch-size 2 --workers 0 --log-every 1 --ramp 0 "
+    "--dataset shapes --iters 2 --crop-size 49 --batch-size 2 --workers 0 --log-every 1 --ramp 0 "
     "--amp off --weights none --optimizer sgd --lr 0.004 --head-lr-mult 3 --weight-decay 0.001 "
     "--scale 0.3 0.8"  # images of 29 to 77 pixels: some crops are padded
 ).split()
@@ -56,6 +83,7 @@ def run_main(script: ModuleType, argv: list[str], out: Path) -> tuple[list[dict]
     try:
         script.main([*argv, "--out", str(out)])
     finally:
+        signal.set_wakeup_fd(-1)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -66,10 +94,8 @@ def run_main(script: ModuleType, argv: list[str], out: Path) -> tuple[list[dict]
 
 def batches_of(args: object) -> list[dict]:
     """The batches of a run: data.py has tests of its own."""
-    source = data.load_source(args.dataset, args.root)
-    split = data.make_split(source, args.split, args.split_seed, args.protocol)
-    cpu = torch.device("cpu")
-    return list(data.train_batches(data.TrainBatches(split, args), 0, 0, cpu))
+    split = data.load_split(args)
+    return list(data.train_batches(split, args, 0, 1, 0, torch.device("cpu")))
 
 
 def find_seed(args: object, boxes: bool = True, seeds: Iterable[int] = range(100)) -> list[dict]:
@@ -89,16 +115,67 @@ def network(name: str) -> nn.Module:
     return build_network(name, 6).place(torch.device("cpu"))
 
 
-def look(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """A forward pass by hooks: z_4 and f of decoder size, the last map `deep`, z of full size."""
+class Tiny(nn.Module):
+    """A network of two layers with what the steps ask of one; f is the last map, of stride 4."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.backbone = nn.Conv2d(3, width, 3, stride=4, padding=1)
+        self.backbone.channels = (width, width)
+        self.classifier = nn.Conv2d(width, 4, 1)
+        nn.init.normal_(self.backbone.weight)  # no class wins everywhere
+        nn.init.normal_(self.classifier.weight)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        f = self.backbone(x).relu()
+        return self.classifier(f), f, f
+
+    def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        z, f, deep = self.parts(x)
+        z = bilinear(z, x.shape[-2:])
+        return (z, f, deep) if features else z
+
+
+NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
+
+
+def tiny_batch() -> dict:
+    """Two labelled and two unlabelled images of 32 x 32, four classes, no padding, two boxes."""
+    every = torch.ones(2, 32, 32, dtype=torch.bool)
+    batch = dict(x=torch.rand(2, 3, 32, 32), u=torch.rand(2, 3, 32, 32), order=[0, 1, 2, 3])
+    batch |= dict(y=torch.randint(0, 4, (2, 32, 32)), x_valid=every, u_valid=every)
+    batch |= dict(box=torch.tensor([[[0, 0, 20, 20], [8, 8, 30, 31]]] * 2))
+    batch["strong"] = torch.tensor([1.3, 0.7, 1.2, 0.1, 0.0, 0.8]).repeat(2, 2, 1)
+    return batch | dict(step=0, positions=[0, 1])
+
+
+def learners(loss: Tensor, modules: dict[str, nn.Module]) -> set[str]:
+    """The modules that a loss moves; `loss` may be used again."""
+    found = set()
+    for name, module in modules.items():
+        weights = list(module.parameters())
+        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        if any(g is not None and g.any() for g in grads):
+            found.add(name)
+    return found
+
+
+def look(net: nn.Module, x: Tensor, amp: str = "off") -> dict[str, Tensor]:
+    """A forward pass by hooks: z_4 and f of decoder size, the last map `deep`, z of full size.
+
+    Float32 whatever `amp`, which rounds inside the network alone.
+    """
     seen = {}
     hooks = [
         net.classifier.register_forward_hook(lambda m, i, o: seen.update(f=i[0], z_4=o)),
         net.backbone.register_forward_hook(lambda m, i, o: seen.update(deep=o[-1])),
     ]
-    net(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+        net(x)
     for hook in hooks:
         hook.remove()
+    assert (seen["z_4"].dtype == torch.float32) == (amp == "off")
+    seen = {name: t.float() for name, t in seen.items()}
     return seen | {"z": bilinear(seen["z_4"], x.shape[-2:])}
 
 
@@ -167,8 +244,11 @@ def pasted(t: Tensor, boxes: Tensor, partner: list[int]) -> Tensor:
 
 
 def nearest(t: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cell (i, j) of [B, h, w] is pixel (floor(i H / h), floor(j W / w)) of t [B, H, W]."""
-    rows, cols = ([i * n // s for i in range(s)] for n, s in zip(t.shape[-2:], size, strict=True))
+    """Cell i of h is the pixel nearest to i (H - 1) / (h - 1), halves upwards; t [B, H, W]."""
+    rows, cols = (
+        [math.floor(i * (n - 1) / max(s - 1, 1) + 0.5) for i in range(s)]
+        for n, s in zip(t.shape[-2:], size, strict=True)
+    )
     return t[:, rows][:, :, cols]
 
 

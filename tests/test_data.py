@@ -3,11 +3,9 @@
 import itertools
 import random
 import signal
-import struct
 import subprocess
 import sys
 import types
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +21,19 @@ from datasets import (
     make_folder,
     make_pascal,
     noise,
+    png,
     save,
     save_palette,
+    shared,
     truncate,
+    write_lists,
 )
 from PIL import Image
 
 import data
-import speed
 from data import InputError, Item, Source
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT / "../shared/data"
 CPU = torch.device("cpu")
 
 
@@ -442,13 +441,6 @@ def test_split_that_is_none(split):
     assert "\n" not in str(e.value)
 
 
-def lists(folder: Path, labeled: list[str], unlabeled: list[str]) -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / "labeled.txt").write_text("\n".join(labeled) + "\n")
-    (folder / "unlabeled.txt").write_text("\n".join(unlabeled) + "\n")
-    return str(folder)
-
-
 def voc_line(id: str) -> str:
     return f"JPEGImages/{id}.jpg SegmentationClass/{id}.png"
 
@@ -456,8 +448,11 @@ def voc_line(id: str) -> str:
 def test_list_formats(tmp_path):
     source = data.load_source("pascal", make_pascal(tmp_path / "voc"))
     labeled, unlabeled = VOC_TRAIN[:3], VOC_TRAIN[3:]
-    pairs = lists(tmp_path / "a", *([voc_line(i) for i in ids] for ids in (labeled, unlabeled)))
-    bare = lists(tmp_path / "b", labeled, unlabeled)
+    both = [[voc_line(i) for i in ids] for ids in (labeled, unlabeled)]
+    pairs = write_lists(tmp_path / "a", *both)
+        tmp_path / "a", *([voc_line(i) for i in ids] for ids in (labeled, unlabeled))
+    )
+    bare = write_lists(tmp_path / "b", labeled, unlabeled)
     one, two = (data.make_split(source, s, 0, "classic") for s in (pairs, bare))
     assert [i.id for i in one.labeled] == labeled
     assert [i.id for i in one.unlabeled] == unlabeled
@@ -465,19 +460,19 @@ def test_list_formats(tmp_path):
     assert [i.image for i in one.unlabeled] == [i.image for i in two.unlabeled]
     assert one.hash == two.hash
     # a pair names VOC's folder also for ids that have a mask of SBD's alone
-    sbd = lists(tmp_path / "c", [voc_line(VOC_TRAIN[6])], unlabeled[:1])
+    sbd = write_lists(tmp_path / "c", [voc_line(VOC_TRAIN[6])], unlabeled[:1])
     mask = data.make_split(source, sbd, 0, "classic").labeled[0].mask
     assert mask == source.root / f"SegmentationClassAug/{VOC_TRAIN[6]}.png"
     # and one that names SegmentationClassAug gets that
     line = voc_line(VOC_TRAIN[0]).replace("Class/", "ClassAug/")
-    aug = lists(tmp_path / "d", [line], unlabeled[:1])
+    aug = write_lists(tmp_path / "d", [line], unlabeled[:1])
     mask = data.make_split(source, aug, 0, "classic").labeled[0].mask
     assert mask == source.root / f"SegmentationClassAug/{VOC_TRAIN[0]}.png"
 
 
 def test_list_with_blank_lines_and_windows_ends(tmp_path):
     source = data.load_source("pascal", make_pascal(tmp_path / "voc"))
-    folder = lists(tmp_path / "a", ["", f"{VOC_TRAIN[0]}  \r", "\r"], [VOC_TRAIN[1] + "\r"])
+    folder = write_lists(tmp_path / "a", ["", f"{VOC_TRAIN[0]}  \r", "\r"], [VOC_TRAIN[1] + "\r"])
     made = data.make_split(source, folder, 0, "classic")
     assert [i.id for i in (*made.labeled, *made.unlabeled)] == VOC_TRAIN[:2]
 
@@ -492,12 +487,12 @@ def test_cityscapes_list(tmp_path, raw):
         f"gtFine/train/aachen/{s}_gtFine_labelTrainIds.png"
         for s in stems
     ]
-    made = data.make_split(source, lists(tmp_path / "l", names[:2], names[2:]), 0, "classic")
+    made = data.make_split(source, write_lists(tmp_path / "l", names[:2], names[2:]), 0, "classic")
     assert [i.id for i in made.labeled] == stems[:2]
     assert made.labeled == [i for i in source.train if i.id in stems[:2]]
     kind = "labelIds" if raw else "labelTrainIds"
     assert all(i.mask.name.endswith(f"_{kind}.png") for i in made.labeled)
-    bare = data.make_split(source, lists(tmp_path / "b", stems[:2], stems[2:]), 0, "classic")
+    bare = data.make_split(source, write_lists(tmp_path / "b", stems[:2], stems[2:]), 0, "classic")
     assert bare.hash == made.hash
 
 
@@ -540,7 +535,7 @@ def test_bare_ids_may_have_dots(tmp_path):
             file.rename(file.with_name(f"frame.{i}{file.suffix}"))
     source = data.load_source("folder", root)
     ids = [f"frame.{i}" for i in range(8)]
-    made = data.make_split(source, lists(tmp_path / "l", ids[:4], ids[4:]), 0, "classic")
+    made = data.make_split(source, write_lists(tmp_path / "l", ids[:4], ids[4:]), 0, "classic")
     assert [i.id for i in made.labeled] == ids[:4]
 
 
@@ -550,10 +545,10 @@ def test_train_and_val_may_use_the_same_names(tmp_path):
     for file in [*(root / "val").glob("*/v00.*")]:
         file.rename(file.with_name(file.name.replace("v00", "t00")))
     source = data.load_source("folder", root)
-    listed = lists(tmp_path / "l", ["train/images/t00.jpg"], ["train/images/t05.jpg"])
+    listed = write_lists(tmp_path / "l", ["train/images/t00.jpg"], ["train/images/t05.jpg"])
     made = data.make_split(source, listed, 0, "classic")
     assert made.labeled[0].mask == root / "train/masks/t00.png"
-    bare = data.make_split(source, lists(tmp_path / "b", ["t00"], ["t05"]), 0, "classic")
+    bare = data.make_split(source, write_lists(tmp_path / "b", ["t00"], ["t05"]), 0, "classic")
     assert bare.labeled[0] == made.labeled[0]
 
 
@@ -582,7 +577,7 @@ LIST_ERRORS = [  # labelled lines, unlabelled lines, what the message must conta
 def test_list_errors_name_the_id(tmp_path, labeled, unlabeled, said):
     source = data.load_source("pascal", make_pascal(tmp_path / "voc"))
     with pytest.raises(InputError) as e:
-        data.make_split(source, lists(tmp_path / "l", labeled, unlabeled), 0, "classic")
+        data.make_split(source, write_lists(tmp_path / "l", labeled, unlabeled), 0, "classic")
     assert said in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -644,37 +639,39 @@ def test_voc_without_sbd(tmp_path):
             data.make_split(source, "2", 0, protocol)
 
 
-def test_lists_with_other_masks_are_other_lists(tmp_path):
+def test_lists_with_other_masks_are_other_write_lists(tmp_path):
     """Guards: a run that goes on with other labels of the same images, as the hash is the same."""
     root = make_folder(tmp_path / "f")
     save(root / "train/others/t00.png", np.ones((40, 48), np.uint8))
     source, hashes = data.load_source("folder", root), []
     for k, mask in enumerate(("train/masks/t00.png", "train/others/t00.png", "")):
-        place = lists(tmp_path / f"l{k}", [f"train/images/t00.jpg {mask}".strip()], ["t06", "t07"])
+        place = write_lists(
+            tmp_path / f"l{k}", [f"train/images/t00.jpg {mask}".strip()], ["t06", "t07"]
+        )
         hashes.append(data.make_split(source, place, 0, "classic").hash)
     assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_an_id_with_a_dot_is_not_cut(tmp_path):
     source = data.load_source("folder", make_folder(tmp_path / "f"))
-    place = lists(tmp_path / "l", ["t00.crop7"], ["t06", "t07"])
-    with pytest.raises(InputError, match="t00.crop7 is not in"):
+    place = write_lists(tmp_path / "l", ["t00.crop7"], ["t06", "t07"])
+    with pytest.raises(InputError, match="'t00.crop7' is not in"):
         data.make_split(source, place, 0, "classic")
-    split = data.make_split(source, lists(tmp_path / "k", ["t00.jpg"], ["t06"]), 0, "classic")
+    split = data.make_split(source, write_lists(tmp_path / "k", ["t00.jpg"], ["t06"]), 0, "classic")
     assert split.labeled[0].id == "t00"
 
 
 def test_labelled_without_a_mask(tmp_path):
     source = data.load_source("folder", make_folder(tmp_path / "f"))
     with pytest.raises(InputError, match="t06.*no mask"):
-        data.make_split(source, lists(tmp_path / "l", ["t00", "t06"], ["t07"]), 0, "classic")
+        data.make_split(source, write_lists(tmp_path / "l", ["t00", "t06"], ["t07"]), 0, "classic")
     root = make_pascal(tmp_path / "voc")
     (root / f"VOCdevkit/VOC2012/SegmentationClass/{VOC_TRAIN[2]}.png").unlink()
     with pytest.raises(InputError, match=f"labelled.*there is no .*{VOC_TRAIN[2]}.png"):
         data.make_split(data.load_source("pascal", root), "full", 0, "classic")
 
 
-def test_list_folder_without_lists(tmp_path):
+def test_list_folder_without_write_lists(tmp_path):
     source = data.load_source("folder", make_folder(tmp_path / "f"))
     with pytest.raises(InputError, match="labeled.txt"):
         data.make_split(source, str(tmp_path), 0, "classic")
@@ -691,9 +688,8 @@ def test_masks_of_unlabelled_images_are_never_opened(tmp_path):
         for mask in (root / "VOCdevkit/VOC2012").glob(f"SegmentationClass*/{item.id}.png"):
             mask.unlink() if k % 2 else mask.write_bytes(b"broken")
     split = data.make_split(source, "3", 0, "priority")
-    batches = data.TrainBatches(split, batch_args(iters=4))
     seen = set()
-    for batch in data.train_batches(batches, 0, 0, CPU):
+    for batch in data.train_batches(split, batch_args(iters=4), 0, 1, 0, CPU):
         seen |= set(batch["u_id"])
     assert seen == {i.id for i in split.unlabeled}
 
@@ -719,16 +715,12 @@ def test_pascal_layouts(tmp_path):
     assert [i.id for i in without.train] == VOC_TRAIN  # val's masks lie in SegmentationClassAug too
 
 
-def test_default_data_set(tmp_path, monkeypatch):
+def test_default_data_set(tmp_path):
     assert data.find_dataset(None, data.ROOT) == "shapes"
     with pytest.raises(InputError, match="give --dataset folder, cityscapes or shapes"):
         data.find_dataset(None, tmp_path)  # not shapes: a --root was given
     with pytest.raises(InputError, match="no PASCAL VOC"):
         data.find_dataset(None, Path("data"))  # also when it is the default's name
-    monkeypatch.chdir(tmp_path)
-    assert speed.parse_args([]).dataset == "shapes"
-    with pytest.raises(InputError, match="--root data: no PASCAL VOC"):
-        speed.parse_args(["--root", "data"])
     with pytest.raises(InputError, match="give --dataset folder too"):
         data.find_dataset(None, make_folder(tmp_path / "f"))
     assert data.find_dataset(None, make_pascal(tmp_path / "voc")) == "pascal"
@@ -803,13 +795,6 @@ def test_folder_without_a_part(tmp_path, lost):
         data.make_split(data.load_source("folder", root), "2", 0, "classic")
 
 
-def test_folder_without_class_names(tmp_path):
-    root = make_folder(tmp_path)
-    (root / "classes.txt").write_text("\n")
-    with pytest.raises(InputError, match="classes.txt"):
-        data.load_source("folder", root)
-
-
 # --------------------------------------------------------------------------- files
 
 
@@ -842,13 +827,7 @@ def bad_mask(name: str, folder: Path) -> tuple[Path, str]:
     if name == "16 bit":
         return save(path, label.astype(np.uint16)), "more than 8 bits"
     if name == "4 bit":  # Pillow reads its 1 as 17: also a class, where there are 21
-        rows = b"".join(bytes([0, 0x01, 0x10]) for _ in range(4))
-        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 4, 0, 0, 0, 0))]
-        chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-        parts = [struct.pack(">I", len(d)) + k + d for k, d in chunks]
-        sums = [struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
-        joined = b"".join(a + b for a, b in zip(parts, sums, strict=True))
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + joined)
+        path.write_bytes(png(4, 4, 4, 0, b"\x01\x10"))
         return path, "fewer than 8 bits"
     if name == "size":
         return save(path, label[:-1]), "(48, 39)"
@@ -963,7 +942,7 @@ def joined(parts: list[dict]) -> dict:
     whole = {}
     for name, first in parts[0].items():
         values = [p[name] for p in parts]
-        if name == "order":
+        if name in ("order", "step"):
             assert all(v == first for v in values)
             whole[name] = first
         elif torch.is_tensor(first):
@@ -973,7 +952,7 @@ def joined(parts: list[dict]) -> dict:
     return whole
 
 
-KEYS = {*("x", "y", "x_rect", "x_id", "u", "u_rect", "u_id"), *("strong", "box", "order")}
+KEYS = set("x y x_rect x_id u u_rect u_id strong box order".split())
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -983,7 +962,8 @@ def test_ranks_share_one_global_batch(folder, world):
     ranks = [data.TrainBatches(split, args, rank, world) for rank in range(world)]
     for step in range(5):
         whole = alone[step]
-        assert whole.keys() == KEYS
+        assert whole.keys() == KEYS | {"step", "positions"}
+        assert (whole["step"], whole["positions"]) == (step, list(range(8)))
         assert whole["x"].shape == whole["u"].shape == (8, 32, 32, 3)
         assert whole["x"].dtype == whole["y"].dtype == torch.uint8
         assert whole["strong"].shape == (2, 8, 6)
@@ -1023,9 +1003,9 @@ def test_the_two_views_and_the_images_of_a_batch_differ(folder):
 @pytest.mark.usefixtures("deadline")
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_change_nothing(folder, workers):
-    batches = data.TrainBatches(split_of(folder), batch_args(iters=6))
-    here = list(data.train_batches(batches, 0, 0, CPU))
-    there = list(data.train_batches(batches, 0, workers, CPU))
+    split = split_of(folder)
+    here = list(data.train_batches(split, batch_args(iters=6), 0, 1, 0, CPU))
+    there = list(data.train_batches(split, batch_args(iters=6, workers=workers), 0, 1, 0, CPU))
     assert len(here) == len(there) == 6
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
 
@@ -1033,12 +1013,11 @@ def test_workers_change_nothing(folder, workers):
 @pytest.mark.usefixtures("deadline")
 @pytest.mark.parametrize(("start", "workers"), [(0, 0), (1, 0), (5, 0), (11, 0), (5, 2)])
 def test_any_start_step(folder, start, workers):
-    """Without what came before: in a new object, with the caches emptied."""
+    """Without what came before: in a new object."""
     batches = data.TrainBatches(split_of(folder), batch_args())
     want = [batches[step] for step in range(start, 12)]
-    data._order.cache_clear()
-    fresh = data.TrainBatches(split_of(folder), batch_args())
-    got = list(data.train_batches(fresh, start, workers, CPU))
+    split, args = split_of(folder), batch_args(workers=workers)
+    got = list(data.train_batches(split, args, 0, 1, start, CPU))
     assert len(got) == 12 - start
     for a, b in zip(want, got, strict=True):
         assert a["u_id"] == b["u_id"]
@@ -1047,8 +1026,10 @@ def test_any_start_step(folder, start, workers):
 
 
 def test_what_reaches_the_device(folder):
-    batches = data.TrainBatches(split_of(folder), batch_args(scale=(0.5, 0.7)))
-    raw, batch = batches[3], next(data.train_batches(batches, 3, 0, CPU))
+    split, args = split_of(folder), batch_args(scale=(0.5, 0.7))
+    raw = data.TrainBatches(split, args)[3]
+    batch = next(data.train_batches(split, args, 0, 1, 3, CPU))
+    assert (batch["step"], batch["positions"]) == (3, [0, 1, 2, 3])
     for name in ("x", "u"):
         assert batch[name].dtype == torch.float32
         assert torch.equal(batch[name], raw[name].permute(0, 3, 1, 2).float() / 255)
@@ -1070,19 +1051,18 @@ def test_normalize_is_imagenets():
     assert torch.allclose(data.normalize(x), want, atol=1e-6)
 
 
-def test_labeled_only_takes_the_same_labelled_batches(folder):
-    full = data.TrainBatches(split_of(folder), batch_args())[2]
-    alone = data.TrainBatches(split_of(folder), batch_args(labeled_only=True))[2]
-    assert alone.keys() == {"x", "y", "x_rect", "x_id"}
-    assert all(
-        torch.equal(v, full[k]) if torch.is_tensor(v) else v == full[k] for k, v in alone.items()
-    )
+def test_without_unlabelled_images_the_labelled_batches_are_the_same(folder):
+    split, args = split_of(folder), batch_args()
+    full = next(data.train_batches(split, args, 0, 1, 2, CPU))
+    alone = next(data.train_batches(split, args, 0, 1, 2, CPU, unlabeled=False))
+    assert alone.keys() == set("step positions x y x_rect x_id x_valid".split())
+    assert same(alone, {k: full[k] for k in alone})
 
 
 def shapes_split(n: int) -> data.Split:
     """The same n built-in images as labelled and as unlabelled ones."""
     items = [Item(str(i), i, data.BUILT_IN) for i in range(n)]
-    return data.Split(items, items, [], data.SHAPES_CLASSES, "", "")
+    return data.Split(items, items, [], data.SHAPES_CLASSES, "", "", [])
 
 
 def picked(split: data.Split, steps: int) -> list[np.ndarray]:
@@ -1126,9 +1106,9 @@ def test_a_broken_file_ends_the_epoch_with_its_name(tmp_path, broken, workers):
         name = save(root / "train/masks/t01.png", np.full((40, 48), 9, np.uint8)).name
     else:
         name = truncate(root / f"train/images/{'t01' if broken == 'image' else 't06'}.jpg").name
-    batches = data.TrainBatches(split_of(root), batch_args(batch_size=2, iters=20))
+    args = batch_args(batch_size=2, iters=20, workers=workers)
     with pytest.raises(InputError, match=name):
-        list(data.train_batches(batches, 0, workers, CPU))
+        list(data.train_batches(split_of(root), args, 0, 1, 0, CPU))
 
 
 # --------------------------------------------------------------------------- evaluation batches
@@ -1190,14 +1170,15 @@ def test_val_batches_hold_the_images(mixed_sizes):
     assert seen == 9
 
 
-def test_val_batches_bound_their_pixels(mixed_sizes):
+def test_val_batches_bound_their_pixels(mixed_sizes, monkeypatch):
+    assert len(data.ValBatches(mixed_sizes.val, 3, 16, most=1)) == 9
+    assert len(data.ValBatches(mixed_sizes.val, 3, 16)) < 9
     for pixels in (1, 2**12, 2**21):
-        dataset = data.ValBatches(mixed_sizes.val, 3, 16, pixels)
+        monkeypatch.setattr(data, "VAL_PIXELS", pixels)
+        dataset = data.ValBatches(mixed_sizes.val, 3, 16)
         for k in range(len(dataset)):
             b, h, w, _ = dataset[k]["image"].shape
             assert b == 1 or b * h * w <= pixels
-    assert len(data.ValBatches(mixed_sizes.val, 3, 16, 1)) == 9
-    assert len(data.ValBatches(mixed_sizes.val, 3, 16)) < 9
 
 
 @pytest.mark.usefixtures("deadline")
@@ -1314,17 +1295,11 @@ def test_check_finds_a_class_that_is_in_no_mask(tmp_path, monkeypatch, capsys):
     root = make_folder(tmp_path)
     for mask in root.glob("*/masks/*"):
         save(mask, (blobs(0, 3) > 0).astype(np.uint8) * 255)
-    assert data.check(data.load_source("folder", root)) == ([], ["road", "car"])
+    assert data.check(data.load_source("folder", root))[1] == [
+        "in no mask: road, car; was such a class saved as 255?"
+    ]
     command(monkeypatch, "--dataset", "folder", "--root", root)
     assert "in no mask: road, car" in capsys.readouterr().out
-
-
-def test_no_mask_at_all(tmp_path):
-    root = make_folder(tmp_path)
-    for mask in (root / "train/masks").iterdir():
-        mask.rename(mask.with_name(f"{mask.stem}_mask.png"))
-    with pytest.raises(InputError, match="no training image has a mask of its stem"):
-        data.make_split(data.load_source("folder", root), "1/16", 0, "classic")
 
 
 @pytest.mark.parametrize("flags", ["--write-split", "--preview"])
@@ -1374,9 +1349,6 @@ def test_preview_of_one_image_into_a_new_folder(tmp_path, monkeypatch):
     command(monkeypatch, "--dataset", "folder", "--root", root, "--preview", picture)
     crop = data.PRESETS["folder"]["crop_size"]
     assert Image.open(picture).size == (6 * crop, 8 * crop)
-    argv = ("--dataset", "folder", "--root", root, "--preview", picture, "--crop-size", 40)
-    command(monkeypatch, *argv)
-    assert Image.open(picture).size == (6 * 40, 8 * 40)
 
 
 def test_download_needs_scipy(tmp_path, monkeypatch):
@@ -1453,20 +1425,12 @@ def test_download_merges_the_masks(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- real data
 
 
-def real(name: str) -> Path:
-    path = REAL / name
-    if not path.is_dir():
-        pytest.skip(f"{path} is not there: no real data on this machine")
-    return path
-
-
 def test_camvid():
-    source = data.load_source("folder", real("camvid"))
+    source = data.load_source("folder", shared("data/camvid"))
     assert (len(source.train), len(source.val), len(source.classes)) == (367, 101, 11)
     split = data.make_split(source, "1/8", 0, "classic")
     assert (len(split.labeled), len(split.unlabeled)) == (46, 321)
-    batches = data.TrainBatches(split, batch_args(crop_size=160))
-    batch = next(data.train_batches(batches, 0, 0, CPU))
+    batch = next(data.train_batches(split, batch_args(crop_size=160), 0, 1, 0, CPU))
     assert batch["x"].shape == (4, 3, 160, 160)
     assert len(batch["y"].unique()) > 4
     assert set(batch["y"].unique().tolist()) <= {*range(11), 255}
@@ -1476,7 +1440,7 @@ def test_camvid():
 
 
 def test_voc_sample(capsys):
-    root = real("voc_sample")
+    root = shared("data/voc_sample")
     source = data.load_source("pascal", root)
     assert (len(source.train), len(source.val), len(source.fine)) == (64, 20, 40)
     assert data.find_dataset(None, root) == "pascal"
@@ -1486,15 +1450,16 @@ def test_voc_sample(capsys):
 
 
 def test_voc_sample_with_published_lists():
-    source = data.load_source("pascal", real("voc_sample"))
-    folder = real("voc_sample") / "published_format"
+    source = data.load_source("pascal", shared("data/voc_sample"))
+    folder = shared("data/voc_sample") / "published_format"
     split = data.make_split(source, str(folder), 0, "classic")
     lines = [(folder / f).read_text().split("\n") for f in ("labeled.txt", "unlabeled.txt")]
     counts = [sum(bool(line.strip()) for line in ls) for ls in lines]
     assert [len(split.labeled), len(split.unlabeled)] == counts
     assert min(counts) > 5
     assert split.labeled[0].id == "2007_001917"
-    batches = data.TrainBatches(split, batch_args(crop_size=97, batch_size=2, iters=5))
-    labels = torch.cat([b["y"].unique() for b in data.train_batches(batches, 0, 0, CPU)]).unique()
+    args = batch_args(crop_size=97, batch_size=2, iters=5)
+    batches = data.train_batches(split, args, 0, 1, 0, CPU)
+    labels = torch.cat([b["y"].unique() for b in batches]).unique()
     assert set(labels.tolist()) <= {*range(21), 255}
     assert len(labels) > 3
