@@ -54,19 +54,27 @@ class TinyBackbone(nn.Sequential):
         return [low, self.deep(low)]
 
 
+class TinyDecoder(nn.Sequential):
+    """Both maps to the classifier's input, 16 channels at stride 4."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(20, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        deep = common.upsample(maps[1], maps[0].shape[-2:])
+        return super().forward(torch.cat([deep, maps[0]], 1))
+
+
 class Tiny(common.Segmenter):
     """A few thousand weights with all that the methods use of a segmentation network."""
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.config = dict(backbone="resnet18", num_classes=num_classes)
+        self.layout = torch.contiguous_format
         self.backbone = TinyBackbone()
-        self.fuse = nn.Sequential(nn.Conv2d(20, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.decoder = TinyDecoder()
         self.classifier = nn.Conv2d(16, num_classes, 1)
-
-    def decode(self, maps: list[Tensor]) -> Tensor:
-        deep = common.upsample(maps[1], maps[0].shape[-2:])
-        return self.fuse(torch.cat([deep, maps[0]], 1))
 
 
 def tiny_network(backbone: str, num_classes: int, *_: object) -> Tiny:
