@@ -5,7 +5,6 @@ import functools
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +74,7 @@ def test_ranks_and_workers_share_the_global_batch(world, workers, root):
             elif isinstance(value, list):
                 assert sum(mine, []) == value, name
             else:
-                dim = 1 if name in ("strong", "box") else 0  # [V, B, ...]
+                dim = 1 if name in ("strong", "cutmix") else 0  # [V, B, ...]
                 assert torch.cat(mine, dim).equal(value), name
     assert one[0]["positions"] == [*range(8)]
     assert len({tuple(batch["x_id"]) for batch in one}) > 1
@@ -92,11 +91,10 @@ def confusion_on(root: Path, more: str) -> dict:
     return common.evaluate(nets, data.load_split(args), args, CPU)
 
 
-@pytest.mark.parametrize("more", ["", "--eval-mode slide --workers 1"])
+@pytest.mark.parametrize("more", ["", "--eval-mode slide"])
 def test_confusion_matrices_do_not_depend_on_the_ranks(more, root):
     """Guards: images counted twice or left out where the set cannot be shared evenly."""
     one = confusion_on(root, more)
-    masks = [blobs(i, 3, size) for i, size in enumerate([(48, 40)] * 3)]
     counts = np.zeros(3, np.int64)
     for path in (root / "val/masks").iterdir():
         masks = np.asarray(data.read_mask(data.Item("", path, path), _size(path), 3))
@@ -326,7 +324,7 @@ def test_more_ranks_than_gpus(who, root, tmp_path):
     argv, text = procs.flags("speed", root, tmp_path / "out", "--batch-size 8"), tmp_path / "text"
     p = procs.start("speed", argv, text, first=functools.partial(third_of_two, names))
     assert procs.finish(p) == 1
-    told = f"{who}error: LOCAL_RANK 2: no such GPU, this process sees 2; give a lower --nproc_per"
+    told = f"{who}error: LOCAL_RANK 2: no such GPU, this process sees 2; lower --nproc_per_node"
     assert procs.lines(text)[-1].startswith(told)
     assert "Traceback" not in text.read_text()
 
@@ -337,14 +335,3 @@ def test_a_world_size_alone_starts_no_group(monkeypatch):
     assert common.rank_world() == (0, 1)
     monkeypatch.setenv("RANK", "2")
     assert common.rank_world() == (2, 4)
-
-
-def test_bad_input_is_told_once(root, tmp_path):
-    """Guards: the same line from each rank, or from none."""
-    argv = ["speed", *procs.flags("speed", root, tmp_path / "out", "--batch-size 6")]
-    begin = time.monotonic()
-    p = procs.torchrun(argv)
-    text = procs.output(p)
-    assert text.count("error: --batch-size 6 on 2 ranks") == 1
-    assert "/common.py" not in text
-    assert time.monotonic() - begin < 60
