@@ -69,7 +69,7 @@ PRESETS = {
         threshold=0.0, ramp=0.0, sup_loss="ohem", eval_mode="slide"),
     "shapes": dict(
         backbone="resnet18", weights="none", optimizer="adamw", lr=1e-3, head_lr_mult=1.0,
-        weight_decay=1e-4, batch_size=8, epochs=7, crop_size=64, scale=(0.8, 1.25),
+        weight_decay=1e-4, batch_size=8, epochs=7, crop_size=65, scale=(0.8, 1.25),
         threshold=0.95, ramp=0.5, eval_every=120),
 }
 DINOV2_PRESETS = {  # what a DINOv2 backbone changes; shapes train one from scratch
@@ -144,8 +144,7 @@ def _pascal(root: Path) -> Source:
         what = "no VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt here; fetch PASCAL VOC 2012 by"
         raise InputError(f"{root}: {what} python data.py --dataset pascal --root {root} --download")
     lists = voc / "ImageSets/Segmentation"
-    fine = set(_list(lists / "train.txt"))
-    val = _list(lists / "val.txt")
+    fine, val = set(_list(lists / "train.txt")), _list(lists / "val.txt")
     own = fine.union(val)  # ids with masks of VOC's own
     if (lists / "trainaug.txt").is_file():
         train = set(_list(lists / "trainaug.txt"))
@@ -184,7 +183,7 @@ def _cityscapes(root: Path) -> Source:
 def _folder(root: Path) -> Source:
     names = root / "classes.txt"
     if not os.path.isfile(names):
-        what = "{train,val}/{images,masks} and classes.txt with a class name a line"
+        what = "classes.txt (a class name a line) and {train,val}/{images,masks}"
         raise InputError(f"{names}: not found; a folder data set has {what}")
     classes = _list(names, blank=True)
     for k, name in enumerate(classes):
@@ -374,17 +373,17 @@ def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Imag
         return Image.fromarray(draw_shapes(item.image)[1])
     mask, _ = _open(item.mask, "mask")
     if mask.mode not in ("L", "P"):
-        why = f"mode {mask.mode}, not one 8-bit channel of class ids"
-        raise InputError(f"{item.mask}: {why}; map each colour to its class's id and save that")
+        why = f"mode {mask.mode}, not 8-bit class ids; map each colour to its class's id"
+        raise InputError(f"{item.mask}: {why}")
     mask = Image.frombytes("L", mask.size, mask.tobytes())  # palette indices, not colours
     if item.mask.name.endswith("_labelIds.png"):
         train_ids = {raw: k for k, raw in enumerate(CITYSCAPES_IDS)}
         mask = mask.point([train_ids.get(raw, IGNORE) for raw in range(256)])
     if mask.size != size:
-        why = f"{mask.size} pixels, its image has {size}"
-        if mask.size == size[::-1]:
-            why += " when it is turned upright, as its EXIF orientation says"
-        raise InputError(f"{item.mask}: {why}; make them agree")
+        why = " when turned upright, as its EXIF says" if mask.size == size[::-1] else ""
+        raise InputError(
+            f"{item.mask}: {mask.size} pixels, its image has {size}{why}; make them agree"
+        )
     bad = [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]
     if bad:
         why = f"value {bad[0]}, but classes are 0 to {num_classes - 1} and 255 is ignored"
@@ -431,8 +430,8 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
         said = f"lists of {split}"
     else:
         labeled, unlabeled = _draw(source, split, split_seed, protocol)
-        said = f"--split {split}, --split-seed {split_seed}"
-        said = f"{protocol} protocol, {said}" if source.name == "pascal" else said
+        said = f"{protocol} protocol, " if source.name == "pascal" else ""
+        said += f"--split {split}, --split-seed {split_seed}"
     if source.fine and all(i.id in source.fine for i in source.train):
         if protocol != "classic":
             why = f"{source.root} has no images of SBD; add them by python data.py --download"
@@ -443,8 +442,8 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     for part, items in (("val", source.val), ("labelled", labeled), ("unlabelled", unlabeled)):
         for item in items:
             if item.image in seen:
-                both = f"listed as {seen[item.image]} and as {part} image"
-                raise InputError(f"{said}: {item.id} is {both}; list it once")
+                both = f"is listed as {seen[item.image]} and as {part} image; list it once"
+                raise InputError(f"{said}: {item.id} {both}")
             seen[item.image] = part
             files = (item.image,) if part == "unlabelled" else (item.image, item.mask)
             for file in files if source.name != "shapes" else ():
@@ -490,8 +489,10 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
         kinds = "a fraction (1/8, full), a count (92) nor a folder of labeled.txt, unlabeled.txt"
         raise InputError(f"--split {split}: neither {kinds}")
     if not most:
-        left = f" ({len(source.left)} files are left out)" if source.left else ""
-        raise InputError(f"{source.root}: no training image has a mask of its stem; add some{left}")
+        left = f"({len(source.left)} files are left out)"
+        raise InputError(
+            f"{source.root}: no training image has a mask of its stem {left}; add some"
+        )
     if not 0 < n <= most:
         raise InputError(f"--split {split}: {n} labelled images, but it must be 1 to {most}")
     chosen = {i.id for i in pool[:n]}
@@ -624,11 +625,14 @@ def cutmix_box(crop: int, r: Generator) -> tuple[int, int, int, int]:
     """With p 0.5 a box of 2-40 % of the crop, aspect 0.3-1/0.3, fully inside; else an empty one."""
     if r.random() < 0.5:
         return 0, 0, 0, 0
+    area = r.uniform(0.02, 0.4) * crop * crop  # drawn once: only the shape must fit
     while True:
-        area, ratio = r.uniform(0.02, 0.4) * crop * crop, r.uniform(0.3, 1 / 0.3)
-        w, h = int(math.sqrt(area / ratio)), int(math.sqrt(area * ratio))
+        ratio = r.uniform(0.3, 1 / 0.3)
+        w = int(math.sqrt(area / ratio))
+        h = int(math.sqrt(area * ratio))
         if w <= crop and h <= crop:
-            top, left = int(r.integers(crop - h + 1)), int(r.integers(crop - w + 1))
+            top = int(r.integers(crop - h + 1))
+            left = int(r.integers(crop - w + 1))
             return top, left, top + h, left + w
 
 
@@ -702,8 +706,10 @@ def _loaded(dataset: Dataset, steps: range, workers: int, device: torch.device) 
     )
     try:
         yield from loader
+        return
     except InputError as e:  # a worker's holds its traceback; the line stands at the end
-        raise InputError(str(e).rpartition("InputError: ")[2].strip()) from None
+        line = str(e).rpartition("InputError: ")[2].strip()
+    raise InputError(line)  # out here it does not hold on to the workers
 
 
 def _calm(_worker: int) -> None:
@@ -872,9 +878,7 @@ class ValBatches(Dataset):
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:
         """(width, height) of an image to the (height, width) that it is evaluated at."""
         width, height = size
-        below = (self.crop - height) % self.grid
-        beside = (self.crop - width) % self.grid
-        return height + below, width + beside
+        return height + (self.crop - height) % self.grid, width + (self.crop - width) % self.grid
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -921,8 +925,8 @@ def check(source: Source) -> tuple[list[str], list[str]]:
     """Opens every image and mask; returns all faults and all that is worth a look, a line each."""
     faults, notes, seen = [], [], set()
     for path, why in sorted(source.left.items()):
-        hidden = path.name.startswith(".")
-        (notes if hidden else faults).append(f"{path}: not used: {why}; rename or remove it")
+        lines = notes if path.name.startswith(".") else faults
+        lines.append(f"{path}: not used: {why}; rename or remove it")
     for item in tqdm([*source.train, *source.val], unit="image", disable=None):
         try:
             image = read_image(item)
@@ -1041,8 +1045,8 @@ def main() -> None:
     name = find_dataset(args.dataset, args.root)
     source = load_source(name, args.root)
     if args.preview:
-        preset = PRESETS[name]
-        preview(source, preset["crop_size"], preset["scale"], args.split_seed, args.preview)
+        crop, scale = PRESETS[name]["crop_size"], PRESETS[name]["scale"]
+        preview(source, crop, scale, args.split_seed, args.preview)
         print(f"{args.preview}: u | u1 | u2 | CutMix of u1 | x | y; one image a row")
     elif args.write_split:
         split = make_split(source, args.split, args.split_seed, args.protocol)
