@@ -74,7 +74,7 @@ def test_ranks_and_workers_share_the_global_batch(world, workers, root):
             elif isinstance(value, list):
                 assert sum(mine, []) == value, name
             else:
-                dim = 1 if name in ("strong", "cutmix") else 0  # [V, B, ...]
+                dim = 1 if name in ("strong", "box", "cutmix") else 0  # [V, B, ...]
                 assert torch.cat(mine, dim).equal(value), name
     assert one[0]["positions"] == [*range(8)]
     assert len({tuple(batch["x_id"]) for batch in one}) > 1

@@ -26,11 +26,11 @@ from helpers import (
     standardized,
     supervised,
 )
+from networks import build_network
 from torch import Tensor, nn
 
 import data
 import segkc
-from networks import build_network
 
 F64 = dict(rtol=1e-10, atol=1e-13)
 
