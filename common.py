@@ -333,7 +333,7 @@ def build_network(
 # ------------------------------------------------------------------------------------- weights
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, remedy: str = "give a state_dict") -> dict:
     """A dict of tensors and plain values, never code; InputError on anything else."""
     # beside tensors, files hold flags and numbers: these types do nothing when they are read
     scalar = np.float64(0).__reduce__()[0]
@@ -346,9 +346,9 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as e:  # noqa: BLE001 - the readers raise all kinds on broken bytes
         kind = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(e))
         why = f"holds a {kind[1]}" if kind else f"{type(e).__name__}: {e}".splitlines()[0]
-        raise InputError(f"{path}: no loadable checkpoint ({why}); give a state_dict") from None
+        raise InputError(f"{path}: no loadable checkpoint ({why}); {remedy}") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}; give a state_dict")
+        raise InputError(f"{path}: holds a {type(found).__name__}; {remedy}")
     return found
 
 
@@ -872,7 +872,7 @@ def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]
         if (args.out / "best.pt").exists() and not args.overwrite:
             raise InputError(f"{args.out}: holds best.pt, but no latest.pt to go on from; {again}")
         return 0
-    saved = load_checkpoint(latest)
+    saved = load_checkpoint(latest, again)
     was = saved.get("flags")
     now = flags_of(args, split)
     if not isinstance(was, dict):
