@@ -333,7 +333,7 @@ def build_network(
 # ------------------------------------------------------------------------------------- weights
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, remedy: str = "give a state_dict") -> dict:
     """A dict of tensors and plain values, never code; InputError on anything else."""
     # beside tensors, files hold flags and numbers: these types do nothing when they are read
     scalar = np.float64(0).__reduce__()[0]
@@ -346,9 +346,9 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as e:  # noqa: BLE001 - the readers raise all kinds on broken bytes
         kind = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(e))
         why = f"holds a {kind[1]}" if kind else f"{type(e).__name__}: {e}".splitlines()[0]
-        raise InputError(f"{path}: no loadable checkpoint ({why}); give a state_dict") from None
+        raise InputError(f"{path}: no loadable checkpoint ({why}); {remedy}") from None
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds a {type(found).__name__}; give a state_dict")
+        raise InputError(f"{path}: holds a {type(found).__name__}; {remedy}")
     return found
 
 
@@ -363,9 +363,11 @@ def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | N
         return f"{name}: random weights"
     found = download_weights(name) if weights == "imagenet" else load_checkpoint(Path(weights))
     if classes and found.get("classes") == classes and found.get("config") == net.config:
-        with contextlib.suppress(KeyError, RuntimeError):  # else its backbone, or say what is wrong
+        try:
             net.load_state_dict(found["net"])
-            return f"{name}: weights {weights}: the whole network of step {found.get('step')}"
+        except (KeyError, RuntimeError) as e:
+            raise InputError(f"{weights}: a broken best.pt ({str(e).splitlines()[0]})") from None
+        return f"{name}: weights {weights}: the whole network of step {found.get('step')}"
     own = net.backbone.state_dict()
     state = find_backbone(found, own)
     same = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
@@ -390,7 +392,8 @@ def find_backbone(found: dict, own: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = []
     dicts = [found]
     for state in dicts:
-        dicts += [value for value in state.values() if isinstance(value, dict)]
+        inner = [value for value in state.values() if isinstance(value, dict)]
+        dicts += [value for value in inner if all(value is not seen for seen in dicts)]
         named = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
         prefixes = {k.removesuffix(first) for k in named if k.endswith(first)} | {""}
         for prefix in sorted(prefixes):
@@ -630,9 +633,19 @@ def test(args: argparse.Namespace, device: torch.device) -> None:
     An unreadable picture of --predict is named, and the exit status then is 1.
     """
     net, classes, _ = load_best(args.test_only, device)
+    if net.config["backbone"] in DINOV2 and args.crop_size % PATCH:
+        what = f"{args.test_only} holds a DINOv2; give a multiple of {PATCH}"
+        raise InputError(f"--crop-size {args.crop_size}: {what}")
     if rank_world()[0] > 0:
         return
-    items = list_pictures(args) if args.predict else list_val(args, classes)
+    if args.predict:
+        items = list_pictures(args)
+    else:
+        source = data.load_source(args.dataset, args.root)
+        items = source.val
+        if source.classes != classes:
+            what = f"its {len(classes)} classes are not the {len(source.classes)} of {source.name}"
+            raise InputError(f"{args.test_only}: {what}; evaluate it on its own data set")
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
     unreadable = 0
     for item in tqdm(items, unit="image", disable=None):
@@ -660,15 +673,6 @@ def test(args: argparse.Namespace, device: torch.device) -> None:
         print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
     how = f"{net.config['backbone']}, {args.eval_mode}, amp {args.amp}"
     print(f"mIoU {miou:.2f}{absent_note(iou)} on {len(items)} images · {how} · {args.test_only}")
-
-
-def list_val(args: argparse.Namespace, classes: list[str]) -> list[data.Item]:
-    """The val images of --dataset; InputError unless it has these classes."""
-    source = data.load_source(args.dataset, args.root)
-    if source.classes != classes:
-        counts = f"its {len(classes)} classes are not the {len(source.classes)} of {args.dataset}"
-        raise InputError(f"{args.test_only}: {counts}; evaluate it on its own data set")
-    return source.val
 
 
 def list_pictures(args: argparse.Namespace) -> list[data.Item]:
@@ -866,20 +870,19 @@ def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]
         return 0
     if not latest.exists():
         if (args.out / "best.pt").exists() and not args.overwrite:
-            raise InputError(
-                f"{args.out}: holds a best.pt, but no latest.pt to go on from; {again}"
-            )
+            raise InputError(f"{args.out}: holds best.pt, but no latest.pt to go on from; {again}")
         return 0
-    saved = load_checkpoint(latest)
+    saved = load_checkpoint(latest, again)
     was = saved.get("flags")
+    now = flags_of(args, split)
     if not isinstance(was, dict):
         raise InputError(f"{latest}: no latest.pt of ours; {again}")
-    now = flags_of(args, split)
-    differ = [k for k in now if k != "sources" and was.get(k) != now[k]]
-    if differ:
-        what = "; ".join(f"{k} was {was.get(k)}, is {now[k]}" for k in differ)
+    differ = [f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]
+    edited = [text for text in differ if text.startswith("sources ")]
+    if differ != edited:
+        what = "; ".join(text for text in differ if text not in edited)
         raise InputError(f"{args.out}: holds a run with other flags ({what}); {again}")
-    if was.get("sources") != now["sources"] and not args.resume_edited:
+    if edited and not args.resume_edited:
         what = f"{args.method}.py, common.py or data.py was edited since this run began"
         raise InputError(f"{args.out}: {what}; {again}, or --resume-edited to go on all the same")
     try:
@@ -913,12 +916,12 @@ class Log:
         self.evals = {line["step"]: line for line in lines if line["kind"] == "eval"}
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 now writes over
-        if rank_world()[0] == 0:
-            try:
+        try:
+            if rank_world()[0] == 0:
                 self._open(lines, start)
-            except OSError as e:
-                what = f"{args.out}: cannot be written ({e.strerror})"
-                raise RunError(f"{what}; give another --out") from None
+        except OSError as e:
+            what = f"{args.out}: cannot be written ({e.strerror})"
+            raise RunError(f"{what}; give another --out") from None
         self.since = start
         self.clock = time.perf_counter()
         _process.training = True
@@ -929,13 +932,12 @@ class Log:
         if start == 0:  # latest.pt first: nothing then goes on from it without its log
             (out / "latest.pt").unlink(missing_ok=True)
             (out / "best.pt").unlink(missing_ok=True)
-        about = dict(command=shlex.join(sys.argv), torch=torch.__version__)
+        about = vars(self.args) | dict(command=shlex.join(sys.argv), torch=torch.__version__)
         about["python"] = platform.python_version()
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL)
-            about["commit"] = commit.strip()
-        text = json.dumps(vars(self.args) | about, default=str, indent=1)
+        with contextlib.suppress(OSError):
+            about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        text = json.dumps(about, default=str, indent=1)
         (out / "args.json").write_text(text + "\n", encoding="utf-8")
         kept = out / "log.jsonl.tmp"
         kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -1024,9 +1026,8 @@ def save(state: dict[str, object], split: data.Split, log: Log, done: int) -> No
             log.not_finite(done, "a weight is not finite")
     if rank_world()[0] == 0:
         saved = {name: value.state_dict() for name, value in state.items()}
-        save_file(
-            saved | {"flags": flags_of(log.args, split), "step": done}, log.args.out, "latest.pt"
-        )
+        saved |= {"flags": flags_of(log.args, split), "step": done}
+        save_file(saved, log.args.out / "latest.pt")
 
 
 def validate(
@@ -1051,19 +1052,18 @@ def validate(
         saved = dict(net=net.state_dict(), config=net.config, classes=list(split.classes))
         saved |= dict(dataset=args.dataset, mean=data.MEAN, std=data.STD, step=done)
         saved["eval"] = dict(crop_size=args.crop_size, eval_mode=args.eval_mode, amp=args.amp)
-        save_file(saved | {"miou": line["miou"]}, args.out, "best.pt")
+        save_file(saved | {"miou": line["miou"]}, args.out / "best.pt")
     log.evals[done] = line
     log.write("eval", line, absent_note(iou))
     log.clock += time.perf_counter() - begin  # images/s is of training
 
 
-def save_file(state: dict, folder: Path, name: str) -> None:
-    """torch.save beside the file, then a rename: a reader finds the old or the new, never half.
+def save_file(state: dict, path: Path) -> None:
+    """torch.save beside `path`, then a rename: a reader finds the old file or the new, never half.
 
     RunError when it cannot be written.
     """
-    path = folder / name
-    temporary = folder / f"{name}.tmp"
+    temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
             torch.save(state, f)

@@ -12,9 +12,11 @@ Dimension key: B images, C classes, H and W pixels, V = 2 strong views, R = 4 ed
 """
 
 import argparse
+import atexit
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -611,6 +613,8 @@ def _loaded(dataset: Dataset, steps: range, workers: int, device: torch.device) 
     loader = DataLoader(  # batch_size None: an item is a batch already
         dataset, None, sampler=steps, num_workers=workers, pin_memory=pin, worker_init_fn=_calm
     )
+    if workers > 0:
+        atexit.register(_end_workers)
     try:
         yield from loader
         return
@@ -623,6 +627,15 @@ def _calm(_worker: int) -> None:
     # Ctrl-C and a cluster's SIGTERM reach the workers too, but the step under way needs them
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    # Python ends its children by SIGTERM and would wait for ever for these, which ignore it
+    if hasattr(signal, "SIGCHLD"):  # else torch reports their death as an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:

@@ -40,7 +40,6 @@ from data import SHARE, WEIGHT
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and MKD's own. Weights are the released config's, but on shapes."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
-    flag = argparse.BooleanOptionalAction
     g = p.add_argument_group("MKD")
     g.add_argument("--ema", type=SHARE, default=0.6, help="most of the teachers' momentum m")
     g.add_argument("--lambda-st", type=WEIGHT, default=1.5, help="weight of L_st, by the teachers")
@@ -48,9 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--threshold-ss", type=SHARE, default=0.0, help="tau of L_ss, between students")
     g.add_argument("--fa", choices=("all", "students", "none"), default="all", help="whose logits")
     g.add_argument("--lambda0", type=WEIGHT, default=1.5, help="strength of --fa at the end")
-    g.add_argument(
-        "--keep-padding", action=flag, default=False, help="learn on padding, as released"
-    )
+    g.add_argument("--keep-padding", action="store_true", help="padding takes part, as released")
     g.add_argument("--teacher-mode", choices=("train", "eval"), default="train", help="batch norm")
     # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
     # augmentation took more than it gave in pilot runs.
@@ -445,10 +442,8 @@ def main(argv: list[str] | None = None) -> None:
         if evaluate:
             common.validate(nets, split, device, log, done)
 
-    # ---- teardown
+    # ---- teardown: launch() exits at once; to destroy the group first may hang gloo in torch 2.6
     log.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -331,10 +331,8 @@ def main(argv: list[str] | None = None) -> None:
         if evaluate:
             common.validate(nets, split, device, log, done)
 
-    # ---- teardown
+    # ---- teardown: launch() exits at once; to destroy the group first may hang gloo in torch 2.6
     log.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: forked (to be killed), under torchrun, and what they left behind.
+"""Runs in processes of their own, small networks, and what runs leave behind.
 
 torchrun --nproc_per_node=2 tests/procs.py mkd ...    # a script with networks of a few weights
 """
@@ -6,8 +6,6 @@ torchrun --nproc_per_node=2 tests/procs.py mkd ...    # a script with networks o
 import json
 import multiprocessing
 import os
-import random
-import runpy
 import signal
 import socket
 import subprocess
@@ -18,17 +16,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve()
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import mkd  # noqa: E402
-import networks  # noqa: E402
 import segkc  # noqa: E402
 import speed  # noqa: E402
 
@@ -55,23 +54,31 @@ class TinyBackbone(nn.Sequential):
         return [low, self.deep(low)]
 
 
-class Tiny(networks.Segmenter):
+class TinyDecoder(nn.Sequential):
+    """Both maps to the classifier's input, 16 channels at stride 4."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(20, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        deep = common.upsample(maps[1], maps[0].shape[-2:])
+        return super().forward(torch.cat([deep, maps[0]], 1))
+
+
+class Tiny(common.Segmenter):
     """A few thousand weights with all that the methods use of a segmentation network."""
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.config = dict(backbone="resnet18", num_classes=num_classes)
+        self.layout = torch.contiguous_format
         self.backbone = TinyBackbone()
-        self.fuse = nn.Sequential(nn.Conv2d(20, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.decoder = TinyDecoder()
         self.classifier = nn.Conv2d(16, num_classes, 1)
-
-    def decode(self, maps: list[Tensor]) -> Tensor:
-        deep = networks.upsample(maps[1], maps[0].shape[-2:])
-        return self.fuse(torch.cat([deep, maps[0]], 1))
 
 
 def tiny_network(backbone: str, num_classes: int, *_: object) -> Tiny:
-    """In place of networks.build_network."""
+    """In place of common.build_network."""
     return Tiny(num_classes)
 
 
@@ -80,11 +87,29 @@ def flags(script: str, root: Path, out: Path, more: str = "") -> list[str]:
     line = f"--dataset folder --root {root} --split full --crop-size 32 --batch-size 4 --workers 0 "
     line += "--backbone resnet18 --weights none --iters 11 --log-every 3 --save-every 2 "
     line += "--eval-every 4 --threshold 0.4 --ramp 0.5 --lr 0.01 "
-    line += "--senior resnet18 " * (script == "segkc")
+    if script == "segkc":
+        line += "--senior resnet18 "
     return f"{line} --out {out} {more}".split()
 
 
-# ---------------------------------------------------------------------- processes that are killed
+def at_step(step: int, do: Callable[[], None]) -> mock._patch:
+    """A patch: calls `do` after a run's `step`-th optimizer step, counted from 1, before its save.
+
+    For a `with`; in a process of its own, `.start()` it.
+    """
+    whole = torch.amp.GradScaler.update  # the last call of a step, in all precisions
+    calls = []
+
+    def update(*args: object) -> None:
+        whole(*args)
+        calls.append(1)
+        if len(calls) == step:
+            do()
+
+    return mock.patch.object(torch.amp.GradScaler, "update", update)
+
+
+# ------------------------------------------------------------------------- processes of their own
 
 _FORK = multiprocessing.get_context("forkserver")
 # imported once for all runs; modules of ours are not on the fork server's path yet
@@ -93,45 +118,36 @@ _FORK.set_forkserver_preload(
 )
 
 
-def start(
-    script: str, argv: list[str], log: Path, tiny: bool = True, first: Callable | None = None
-) -> BaseProcess:
-    """`python <script>.py <argv>` in a new process, its output in `log`.
+def start(script: str, argv: list[str], log: Path, first: Callable | None = None) -> BaseProcess:
+    """`python <script>.py <argv>` with small networks in a new process, its output in `log`.
 
-    `tiny` swaps the networks; `first`, at the top level of a test module, is called before.
+    `first`, at the top level of a test module, is called before.
     """
-    p = _FORK.Process(target=_child, args=(script, argv, log, tiny, first))
+    p = _FORK.Process(target=_child, args=(script, argv, log, first))
     p.start()
     return p
 
 
-def _child(script: str, argv: list[str], log: Path, tiny: bool, first: Callable | None) -> None:
+def _child(script: str, argv: list[str], log: Path, first: Callable | None) -> None:
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):
         os.dup2(fd, stream)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit is promised on CPU
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
     torch.set_num_threads(1)
     sys.argv = [f"{script}.py", *argv]
-    if tiny:
-        SCRIPTS[script].build_network = tiny_network
+    common.build_network = tiny_network
     if first is not None:
         first()
-    if tiny or first is not None:
-        common.launch(SCRIPTS[script].main)
-    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    common.launch(SCRIPTS[script].main)
 
 
 def on_ranks(world: int, fn: Callable, *args: object) -> list:
     """What fn(*args) returns on each rank of a gloo group; `fn` at the top level of a module."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            _FORK.Process(target=_rank, args=(r, world, folder, fn, args)) for r in range(world)
-        ]
-        for p in ranks:
-            p.start()
+        ranks = []
+        for rank in range(world):
+            ranks.append(_FORK.Process(target=_rank, args=(rank, world, folder, fn, args)))
+            ranks[-1].start()
         assert [finish(p) for p in ranks] == [0] * world
         return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]
 
@@ -157,53 +173,69 @@ def finish(p: BaseProcess) -> int:
 
 def wait_for(seen: Callable[[], bool], p: BaseProcess | subprocess.Popen) -> None:
     """Polls until `seen`; fails if the process ends before."""
-    alive = p.is_alive if isinstance(p, BaseProcess) else lambda: p.poll() is None
     until = time.monotonic() + TIMEOUT
     while not seen():
-        assert alive(), "the run ended before"
+        ended = p.exitcode if isinstance(p, BaseProcess) else p.poll()
+        assert ended is None, f"the run ended before, with {ended}"
         assert time.monotonic() < until, f"not seen in {TIMEOUT} s"
         time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------- torchrun
+
+
+def torchrun(argv: list[str], options: str = "--nproc_per_node=2", **env: str) -> subprocess.Popen:
+    """torchrun on this file (see below); standard output and error come back together."""
+    if "rdzv" not in options:
+        options += " --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0"
+    command = [sys.executable, "-m", "torch.distributed.run", *options.split(), str(HERE), *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=env, **streams)
+
+
+def output(p: subprocess.Popen, seconds: float = TIMEOUT) -> str:
+    """Waits for a torchrun and returns what it printed; a hang fails the test."""
+    try:
+        return p.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        p.terminate()  # not kill: torchrun ends its ranks, which have sessions of their own
+        raise AssertionError(f"still running after {seconds} s: {p.communicate()[0]}") from None
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _fail_at() -> None:
+    """DIE=rank:step:how[,...] in the environment: in its n-th life that rank dies at that step.
+
+    Steps count from the beginning of that life.
+    """
+    deaths = os.environ.get("DIE", "").split(",")
+    life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if life >= len(deaths) or not deaths[life]:
+        return
+    rank, step, how = deaths[life].split(":")
+
+    def die() -> None:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise common.RunError("planted")
+
+    if rank == os.environ["RANK"]:
+        at_step(int(step), die).start()
+
+
+# ------------------------------------------------------------------------------ what runs leave
 
 
 def lines(path: Path) -> list[str]:
     """Of a text file; none if it is not there."""
     return path.read_text().splitlines() if path.exists() else []
-
-
-def wait_for_step(out: Path, step: int, p: BaseProcess | subprocess.Popen) -> None:
-    """Until log.jsonl has a line of `step` or a later one."""
-
-    def seen() -> bool:
-        whole = [x for x in lines(out / "log.jsonl") if x.endswith("}")]
-        return bool(whole) and json.loads(whole[-1])["step"] >= step
-
-    wait_for(seen, p)
-
-
-def kill_and_go_on(
-    script: str, argv: list[str], text: Path, kills: int, times: tuple, r: random.Random
-) -> int:
-    """Starts the same command until it finishes; SIGKILLs it up to `kills` times on the way.
-
-    `times` are seconds until a run has started, and from there to its end. Moments are random: one
-    in five while it starts, others up to 1.5 shares of it later. `text` gets the output. Returns
-    the number of kills.
-    """
-    begin, work = times
-    for killed in range(kills):
-        p = start(script, argv, text, tiny=False)
-        later = begin + r.uniform(0, 1.5) * work / kills
-        p.join(r.uniform(0, begin) if r.random() < 0.2 else later)
-        if p.exitcode is not None:
-            assert p.exitcode == 0
-            return killed
-        p.kill()
-        assert finish(p) == -signal.SIGKILL
-    assert finish(start(script, argv, text, tiny=False)) == 0
-    return kills
-
-
-# ------------------------------------------------------------------------------- what runs leave
 
 
 def log_of(out: Path) -> list[dict]:
@@ -213,10 +245,28 @@ def log_of(out: Path) -> list[dict]:
 
 
 def result(out: Path) -> dict:
-    """All that a run decides: networks, teachers, statistics, optimizer, best network, log."""
-    latest, best = (torch.load(out / f"{n}.pt", weights_only=True) for n in ("latest", "best"))
-    del latest["log_bytes"]  # the log's length goes with its images_s
-    return {"latest": latest, "best": best, "log": log_of(out)}
+    """All that a run decides: networks, teachers, statistics, optimizer, best network, log.
+
+    Of train lines the step and lr: their means are over the steps since the run went on.
+    """
+    log = log_of(out)
+    for line in log:
+        if line["kind"] == "train":
+            for name in line.keys() - {"kind", "step", "lr"}:
+                del line[name]
+    latest = torch.load(out / "latest.pt", weights_only=True)
+    best = torch.load(out / "best.pt", weights_only=True)
+    return {"latest": latest, "best": best, "log": log}
+
+
+def wait_for_step(out: Path, step: int, p: BaseProcess | subprocess.Popen) -> None:
+    """Until log.jsonl has a line of `step` or a later one."""
+
+    def seen() -> bool:
+        whole = [line for line in lines(out / "log.jsonl") if line.endswith("}")]
+        return bool(whole) and json.loads(whole[-1])["step"] >= step
+
+    wait_for(seen, p)
 
 
 def assert_same(a: object, b: object, where: str = "") -> None:
@@ -228,78 +278,19 @@ def assert_same(a: object, b: object, where: str = "") -> None:
             assert_same(a[k], b[k], f"{where}/{k}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), where
-        for k, pair in enumerate(zip(a, b, strict=True)):
-            assert_same(*pair, f"{where}/{k}")
+        for k, (one, other) in enumerate(zip(a, b, strict=True)):
+            assert_same(one, other, f"{where}/{k}")
     elif isinstance(a, Tensor):
         assert (a.dtype, a.shape) == (b.dtype, b.shape), where
-        same = (
-            a.contiguous()
-            .flatten()
-            .view(torch.uint8)
-            .equal(b.contiguous().flatten().view(torch.uint8))
-        )
-        assert same, f"{where}: {(a != b).sum()} of {a.numel()} differ"
+        bits = [t.contiguous().flatten().view(torch.uint8) for t in (a, b)]
+        assert bits[0].equal(bits[1]), f"{where}: {(a != b).sum()} of {a.numel()} differ"
     else:
         assert a == b, where
-
-
-# --------------------------------------------------------------------------------------- torchrun
-
-
-def torchrun(argv: list[str], options: str = "--nproc_per_node=2", **env: str) -> subprocess.Popen:
-    """torchrun on this file (see below); standard output and error come back together."""
-    free = "" if "rdzv" in options else "--rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0"
-    command = [sys.executable, "-m", "torch.distributed.run", *f"{options} {free}".split()]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    return subprocess.Popen(
-        [*command, str(HERE), *argv],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def free_port() -> int:
-    """A port of the loopback address that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def output(p: subprocess.Popen, seconds: float = TIMEOUT) -> str:
-    """Waits for a torchrun and returns what it printed; a hang fails the test."""
-    try:
-        return p.communicate(timeout=seconds)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(p.pid, signal.SIGKILL)
-        raise AssertionError(f"still running after {seconds} s: {p.communicate()[0]}") from None
-
-
-def _fail_at() -> None:
-    """DIE=rank:step:how[,...] in the environment: in its n-th life that rank dies at that step."""
-    deaths, life = os.environ["DIE"].split(","), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    if life >= len(deaths):
-        return
-    rank, step, how = deaths[life].split(":")
-    whole = common.Run.step_done
-
-    def step_done(run: common.Run, done: int, *rest: object) -> None:
-        if (run.rank, done) == (int(rank), int(step)):
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise common.RunError("planted")
-        whole(run, done, *rest)
-
-    common.Run.step_done = step_done
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     script = SCRIPTS[sys.argv.pop(1)]
-    script.build_network = tiny_network
-    if "DIE" in os.environ:
-        _fail_at()
+    common.build_network = tiny_network
+    _fail_at()
     common.launch(script.main)

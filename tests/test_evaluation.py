@@ -1,16 +1,14 @@
-"""Evaluation against loops: confusion, IoU, whole images, sliding windows, flips and scales."""
+"""Evaluation against loops: sizes, whole images, windows, geometry, confusion, IoU."""
 
 import argparse
-import math
 
 import numpy as np
-import procs
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import blobs, noise, save
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import common
 import data
@@ -32,27 +30,29 @@ def source(tmp_path_factory) -> data.Source:
 
 
 @pytest.fixture
-def net() -> procs.Tiny:
+def net() -> common.Segmenter:
     """Random weights, with normalisation statistics of their own, in train mode."""
     torch.manual_seed(0)
-    net = procs.Tiny(4)
-    for _ in range(3):
-        net(torch.randn(4, 3, 32, 32) * 0.5)
+    net = common.build_network("resnet18", 4)
     with torch.no_grad():
-        net.classifier.weight *= 20
+        for _ in range(3):
+            net(torch.randn(4, 3, 32, 32) * 0.5)
+        net.classifier.weight *= 5
     return net
 
 
-def options(mode: str = "whole", tta: bool = False) -> argparse.Namespace:
-    return argparse.Namespace(eval_mode=mode, tta=tta, crop_size=32, amp="off", workers=0)
+def options(mode: str = "whole", crop: int = 32, amp: str = "off") -> argparse.Namespace:
+    return argparse.Namespace(eval_mode=mode, crop_size=crop, amp=amp, workers=0)
 
 
-def normalized(item: data.Item) -> Tensor:
-    """[1, 3, H, W], filled up with zeros at the right and bottom to multiples of 16."""
+def normalized(item: data.Item, crop: int, grid: int = 16) -> Tensor:
+    """[1, 3, H, W], zeros at the right and bottom until H and W are the crop plus n grids."""
     x = np.asarray(Image.open(item.image)).astype(np.float32) / 255
     x = (x - np.float32(data.MEAN)) / np.float32(data.STD)
     h, w = x.shape[:2]
-    full = np.zeros((1, 3, math.ceil(h / 16) * 16, math.ceil(w / 16) * 16), np.float32)
+    below, beside = ([n for n in range(grid) if (crop - s - n) % grid == 0] for s in (h, w))
+    assert len(below) == len(beside) == 1
+    full = np.zeros((1, 3, h + below[0], w + beside[0]), np.float32)
     full[0, :, :h, :w] = x.transpose(2, 0, 1)
     return torch.from_numpy(full)
 
@@ -62,77 +62,149 @@ def softmax(z: Tensor) -> np.ndarray:
     return e / e.sum(1, keepdims=True)
 
 
-def windows_by_loops(net: procs.Tiny, x: Tensor) -> np.ndarray:
-    """Mean softmax of 32x32 windows 21 apart, the last shifted back to the border."""
+def windows_by_loops(net: nn.Module, x: Tensor, crop: int) -> np.ndarray:
+    """Mean softmax of windows two thirds of a crop apart, the last shifted back to the border."""
     h, w = x.shape[-2:]
-    x = F.pad(x, (0, max(0, 32 - w), 0, max(0, 32 - h)))
+    x = F.pad(x, (0, max(0, crop - w), 0, max(0, crop - h)))
     total, count = np.zeros((1, 4, *x.shape[-2:])), np.zeros(x.shape[-2:])
 
     def starts(n: int) -> list[int]:
         found = [0]
-        while found[-1] + 32 < n:
-            found.append(min(found[-1] + 21, n - 32))
+        while found[-1] + crop < n:
+            found.append(min(found[-1] + {32: 21, 33: 22}[crop], n - crop))
         return found
 
     for top in starts(x.shape[2]):
         for left in starts(x.shape[3]):
-            part = x[:, :, top : top + 32, left : left + 32]
-            assert part.shape[-2:] == (32, 32)
-            total[:, :, top : top + 32, left : left + 32] += softmax(net(part))
-            count[top : top + 32, left : left + 32] += 1
+            part = x[:, :, top : top + crop, left : left + crop]
+            assert part.shape[-2:] == (crop, crop)
+            total[:, :, top : top + crop, left : left + crop] += softmax(net(part))
+            count[top : top + crop, left : left + crop] += 1
     return (total / count)[:, :, :h, :w]
 
 
-def scores_by_loops(net: procs.Tiny, x: Tensor, mode: str, tta: bool) -> np.ndarray:
-    """What `predict` says of an image [1, 3, H, W], in double precision."""
-    if not tta:
-        return windows_by_loops(net, x) if mode == "slide" else net(x).double().numpy()
-    total = 0
-    for scale in (0.75, 1.0, 1.25):
-        size = [max(1, round(s * scale / 16)) * 16 for s in x.shape[-2:]]
-        scaled = F.interpolate(x, size, mode="bilinear", align_corners=False).numpy()
-        for flip in (False, True):
-            view = torch.from_numpy(scaled[..., ::-1].copy() if flip else scaled)
-            p = windows_by_loops(net, view) if mode == "slide" else softmax(net(view))
-            p = torch.from_numpy(p[..., ::-1].copy() if flip else p)
-            p = F.interpolate(p, x.shape[-2:], mode="bilinear", align_corners=True)
-            total = total + p.numpy()
-    return total
+def scores_by_loops(net: nn.Module, x: Tensor, mode: str, crop: int) -> np.ndarray:
+    """What `predict` says of an image [1, 3, H, W]."""
+    return windows_by_loops(net, x, crop) if mode == "slide" else net(x).double().numpy()
 
 
-MODES = [("whole", False), ("slide", False), ("whole", True), ("slide", True)]
+WAYS = pytest.mark.parametrize(("mode", "crop"), [("whole", 32), ("whole", 33), ("slide", 33)])
 
 
-@pytest.mark.parametrize(("mode", "tta"), MODES)
+@WAYS
 @torch.no_grad()
-def test_predict(mode, tta, source, net):
-    """Guards: windows cut short or written over, flips not flipped back, scales off the grid."""
-    net.eval()
-    for item in source.val:
-        x = normalized(item)
-        scores = common.predict(net, x, options(mode, tta))
-        assert scores.shape == (1, 4, *x.shape[-2:])
-        expected = scores_by_loops(net, x, mode, tta)
-        np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("mode", "tta"), MODES[:2])
-@torch.no_grad()
-def test_evaluate(mode, tta, source, net):
-    """Guards: images left out or counted twice, padding counted, rows and columns swapped."""
-    matrix = common.evaluate({"net": net}, source, options(mode, tta), CPU)["net"]
+def test_evaluate(mode, crop, source, net):
+    """Guards: images left out or counted twice, padding counted, rows and columns swapped,
+    windows cut short or written over, a size that is not congruent to the crop.
+    """
+    matrix = common.evaluate({"net": net}, source, options(mode, crop), CPU)["net"]
     assert net.training
     net.eval()
     expected = np.zeros((4, 4), int)
     for item in source.val:
-        label = np.asarray(Image.open(item.mask))
-        scores = scores_by_loops(net, normalized(item), mode, tta)[0]
+        x = normalized(item, crop)
+        scores = scores_by_loops(net, x, mode, crop)
+        found = common.predict(net, x, options(mode, crop))
+        np.testing.assert_allclose(found.numpy(), scores, rtol=1e-4, atol=1e-4)
+        image, label = Image.open(item.image), np.asarray(Image.open(item.mask))
+        prediction = scores[0].argmax(0)[: label.shape[0], : label.shape[1]]
+        np.testing.assert_array_equal(
+            common.predict_image(net, image, options(mode, crop)), prediction
+        )
         for i, j in np.ndindex(label.shape):
             if label[i, j] != 255:
-                expected[label[i, j], scores[:, i, j].argmax()] += 1
+                expected[label[i, j], prediction[i, j]] += 1
     assert expected.sum() == sum((w - 2) * h for w, h in SIZES)  # the border of 255 is left out
     assert (expected.sum(0) > 0).sum() > 1
     assert abs(matrix.numpy() - expected).sum() <= 2  # a tie to the last bit
+
+
+@torch.no_grad()
+def test_amp_is_the_forward_passes_precision(source, net):
+    x = normalized(source.val[0], 32)
+    net.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = net(x)
+    assert torch.equal(common.predict(net, x, options(amp="bf16")), expected)
+    assert not torch.equal(common.predict(net, x, options()), expected)
+
+
+def test_a_networks_score_does_not_depend_on_its_partner(source, net, monkeypatch):
+    """Guards: a ViT beside a CNN whose patches do not cover the images, or padding for both."""
+    other, seen = common.build_network("resnet18", 4), []
+    monkeypatch.setattr(other.backbone, "grid", 14)
+    other.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[-2:])))
+    both = common.evaluate({"junior": net, "senior": other}, source, options(crop=42), CPU)
+    assert list(both) == ["junior", "senior"]
+    assert set(seen) == {(42, 56), (56, 42), (70, 28)}  # the multiples of 14 above SIZES
+    for name, one in (("junior", net), ("senior", other)):
+        alone = common.evaluate({name: one}, source, options(crop=42), CPU)[name]
+        assert torch.equal(both[name], alone)
+    assert net.training
+    assert other.training
+
+
+# ----------------------------------------------------------------- geometry: aligned corners
+
+
+class Coordinates(common.Segmenter):
+    """Predicts for each pixel its row (axis 0) or column (1): all that it knows is its cells'.
+
+    Cell i of a CNN is centred on pixel 16 i. The logit 2 y k - k^2 is linear in y, as is
+    upsampling; the class of the largest one is the integer nearest to y.
+    """
+
+    def __init__(self, axis: int) -> None:
+        nn.Module.__init__(self)
+        self.axis, self.config = axis, dict(num_classes=255)
+        self.backbone = nn.Identity()
+        self.backbone.grid = 16
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cells = [(n + 15) // 16 for n in x.shape[-2:]]
+        y = 16 * torch.arange(cells[self.axis]).view((-1, 1) if self.axis == 0 else (1, -1))
+        k = torch.arange(255).view(-1, 1, 1)
+        z = (2 * y * k - k**2).float().expand(len(x), -1, *cells)
+        return z, z, z
+
+
+@pytest.mark.parametrize("crop", [65, 129, 321])
+def test_an_image_is_not_drawn_out(crop: int, tmp_path):
+    """Guards: an image padded to 16 k, whose map is up to 15 pixels off at the far edges."""
+    items = []
+    for h, w in ((17, 18), (33, 32), (34, 47), (64, 65), (81, 250), (128, 129), (241, 254)):
+        image, row = Image.new("RGB", (w, h)), np.arange(h)[:, None].repeat(w, 1)
+        for axis, expected in ((0, row), (1, np.arange(w)[None].repeat(h, 0))):
+            label = common.predict_image(Coordinates(axis), image, options(crop=crop))
+            np.testing.assert_array_equal(label, expected)
+        image.save(tmp_path / f"{h}.png")
+        mask = save(tmp_path / f"{h}_mask.png", row.astype(np.uint8))
+        items.append(data.Item(str(h), tmp_path / f"{h}.png", mask))
+    split = data.Source("rows", [str(k) for k in range(255)], tmp_path, [], items)
+    matrix = common.evaluate({"net": Coordinates(0)}, split, options(crop=crop), CPU)["net"]
+    assert (
+        matrix.sum()
+        == matrix.diagonal().sum()
+        == 17 * 18 + 33 * 32 + 34 * 47 + 64 * 65 + (81 * 250 + 128 * 129 + 241 * 254)
+    )
+
+
+@pytest.mark.parametrize("size", [(33, 17, 9, 5), (64, 50, 16, 13), (7, 20, 1, 20), (40, 40, 3, 4)])
+def test_resize_mask_reads_the_pixel_nearest_to_a_cell(size):
+    """With aligned corners: the first cell is the first pixel, the last the last."""
+    height, width, h, w = size
+    label = torch.randint(0, 256, (2, height, width))
+    mask = label > 100
+    found, cells = common.resize_mask(label, (h, w)), common.resize_mask(mask, (h, w))
+    for i, j in np.ndindex(h, w):
+        y = int(np.floor(i * (height - 1) / max(h - 1, 1) + 0.5))
+        x = int(np.floor(j * (width - 1) / max(w - 1, 1) + 0.5))
+        assert torch.equal(found[:, i, j], label[:, y, x])
+        assert torch.equal(cells[:, i, j], mask[:, y, x])
+
+
+# ------------------------------------------------------------------------------------- scores
 
 
 def test_confusion_matrix_has_labels_in_rows():
@@ -151,20 +223,3 @@ def test_iou_of():
     miou, iou = common.iou_of(confusion)
     assert iou == [pytest.approx(30), pytest.approx(400 / 7), 0, None]
     assert miou == pytest.approx((30 + 400 / 7) / 3)
-
-
-def test_a_networks_score_does_not_depend_on_its_partner(source, net, monkeypatch):
-    """Guards: a ViT beside a CNN whose patches do not cover the images, or padding for both."""
-    other, seen = procs.Tiny(4), []
-    monkeypatch.setattr(other.backbone, "grid", 14)
-    other.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
-    both = common.evaluate({"junior": net, "senior": other}, source, options(), CPU)
-    assert list(both) == ["junior", "senior"]
-    assert seen
-    assert all(h % 14 == w % 14 == 0 for h, w in seen)
-    assert not all(h % 112 == w % 112 == 0 for h, w in seen)  # of both grids
-    for name, one in (("junior", net), ("senior", other)):
-        alone = common.evaluate({name: one}, source, options(), CPU)[name]
-        assert torch.equal(both[name], alone)
-    assert net.training
-    assert other.training

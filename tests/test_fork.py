@@ -1,16 +1,23 @@
 """A copy of speed.py with the README's three edits is a method of its own."""
 
+import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_fork_by_the_readmes_edits_trains_and_goes_on(tmp_path):
+def write_fork(folder: Path) -> None:
+    """mine.py: speed.py with a flag, a function and a term in the sum, all three the README's."""
     block = re.search(r"three edits:\n\n((?: {4}.*\n|\n)+)", README)[1]
     flag, function, total = re.split(r"^ {4}# \d\..*\n", block, flags=re.M)[1:]
     outdented = re.sub("^ {4}", "", function, flags=re.M).strip()
@@ -23,15 +30,36 @@ def test_a_fork_by_the_readmes_edits_trains_and_goes_on(tmp_path):
     ):
         assert code.count(before) == 1
         code = code.replace(before, f"{text}\n{before}")
-    (tmp_path / "mine.py").write_text(code)
     for name in ("common.py", "data.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    command = [sys.executable, "mine.py", "--dataset", "shapes", "--iters", "3", "--log-every", "1"]
-    command += ["--batch-size", "2", "--crop-size", "33", "--gamma", "0.5", "--threshold", "0"]
-    command += ["--eval-every", "3"]
-    for _ in range(2):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    assert "finished before" in done.stdout
-    log = (tmp_path / "runs/mine-shapes-1-16-s0/log.jsonl").read_text()
-    assert log.count('"L_ent"') == 3
+        shutil.copy(ROOT / name, folder)
+    (folder / "mine.py").write_text(code, encoding="utf-8")
+
+
+def test_a_fork_by_the_readmes_edits_trains_and_goes_on(tmp_path):
+    write_fork(tmp_path)
+    command = [sys.executable, "mine.py", *"--dataset shapes --iters 4 --crop-size 33".split()]
+    command += "--batch-size 2 --gamma 0.5 --threshold 0 --ramp 0 --save-every 2".split()
+    command += "--log-every 1 --workers 0".split()
+    how = dict(cwd=tmp_path, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    out = tmp_path / "runs/mine-shapes-1-16-s0"
+
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
+    while not (out / "latest.pt").exists():
+        assert p.poll() is None, p.communicate()[0]
+        time.sleep(0.01)
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=100)[0]
+    assert p.returncode == 128 + signal.SIGTERM, said
+    done = subprocess.run(command, capture_output=True, **how)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"mine-shapes-1-16-s0/latest.pt: going on from step [23]\n", done.stdout)
+
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [(x["kind"], x["step"]) for x in lines] == [
+        *[("train", step) for step in (1, 2, 3, 4)],
+        ("eval", 4),
+    ]
+    for x in lines[:4]:
+        terms = x["L_x"] + x["L_u"] + x["L_feat"] + x["L_logit"] + 0.5 * x["L_ent"]
+        assert x["loss"] == pytest.approx(terms / 2, rel=1e-4)
+        assert x["L_ent"] > 0.01

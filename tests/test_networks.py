@@ -1,8 +1,11 @@
 """The networks against plain second constructions, and what load_weights takes and refuses."""
 
+import argparse
 import copy
 import math
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-import networks
+from common import BACKBONES, build_network, load_weights
 from data import InputError
-from networks import BACKBONES, CNNS, build_network, load_weights
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int, rate: int = 1) -> nn.Sequential:
@@ -100,17 +102,7 @@ def test_deeplab_is_the_published_design(stride: int):
     for h, w in ((2, 40), (40, 2)):
         low, deep = torch.randn(1, 256, 4 * h, 4 * w), torch.randn(1, 2048, h, w)
         with torch.no_grad():
-            assert_close(ours.decode([low, deep]), plain.decode(low, deep))
-
-
-def test_a_forward_has_no_randomness():
-    net = build_network("resnet18", 4).train()
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(net(x), net(x))
-
-
-LAYERS = {"resnet18": "layer1", "resnet34": "layer1", "resnet50": "layer1", "mobilenet_v2": "3"}
+            assert_close(ours.decoder([low, deep]), plain.decode(low, deep))
 
 
 def stages(name: str) -> nn.Sequential:
@@ -121,51 +113,27 @@ def stages(name: str) -> nn.Sequential:
     return nn.Sequential(*[s for n, s in net.named_children() if n not in ("avgpool", "fc")])
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [("resnet18", torch.contiguous_format), ("mobilenet_v2", torch.channels_last)],
-)
-def test_placing_changes_the_memory_layout_alone(name: str, layout: torch.memory_format):
-    """Guards: an image or map in the other layout, on which a convolution copies its weight."""
-    net = shuffled(build_network(name, 5)).eval()
-    x = torch.randn(2, 3, 64, 96)
-    z, seen = net(x), []
-    net.place(torch.device("cpu"))
-    for m in (m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)):
-        assert m.weight.is_contiguous(memory_format=layout)
-        m.register_forward_hook(lambda m, i, o: seen.append(i[0]))
-    for image in (x, x.to(memory_format=torch.channels_last)):
-        torch.testing.assert_close(net(image), z)
-    assert len(seen) > 10
-    assert all(t.is_contiguous(memory_format=layout) for t in seen)
-
-
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
 @pytest.mark.parametrize("stride", [16, 8])
 def test_dilation_keeps_what_the_backbone_computes(name: str, stride: int):
     """A trous: at every second (fourth) place the dilated map is torchvision's stride-32 map."""
     torch.manual_seed(0)
     ours = shuffled(build_network(name, 2, stride)).backbone.double().eval()
-    theirs = stages(name)
-    theirs.load_state_dict(
-        dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)), strict=True
-    )
-    theirs.double().eval()
+    theirs = stages(name).double().eval()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    # layer1 follows conv, norm, relu and pooling; mobilenet's stages are numbered
+    first = 4 if name == "mobilenet_v2" else 5
     with torch.no_grad():
         low, deep = ours(x)
-        mine = x
-        for k, stage in enumerate(theirs):
-            mine = stage(mine)
-            # layer1 follows conv, norm, relu and pooling; mobilenet's stages are numbered
-            if k == (3 if name == "mobilenet_v2" else 4):
-                torch.testing.assert_close(low, mine, rtol=1e-9, atol=1e-12)
-                assert low.shape[-2:] == (16, 24)
-        assert deep.shape[-2:] == (64 // stride, 96 // stride)
-        step = 32 // stride
-        torch.testing.assert_close(deep[:, :, ::step, ::step], mine, rtol=1e-9, atol=1e-12)
-        assert (low.shape[1], deep.shape[1]) == ours.channels
-        assert mine.std() > 0
+        mine = theirs[:first](x)
+        torch.testing.assert_close(low, mine, rtol=1e-9, atol=1e-12)
+        mine = theirs[first:](mine)
+    assert low.shape[-2:] == (16, 24)
+    assert deep.shape[-2:] == (64 // stride, 96 // stride)
+    assert (low.shape[1], deep.shape[1]) == ours.channels
+    step = 32 // stride
+    torch.testing.assert_close(deep[:, :, ::step, ::step], mine, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [b for b in BACKBONES if b != "resnet101" and "vitb" not in b])
@@ -209,20 +177,18 @@ def vits() -> nn.Module:
     return net
 
 
-def test_dinov2_facts(vits: nn.Module):
-    state = vits.backbone.state_dict()
-    assert {k: tuple(v.shape) for k, v in state.items()} == published_shapes()
-    assert len(state) == 175
-    assert sum(v.numel() for v in state.values()) == 22_056_576
-    assert sum(p.numel() for p in vits.parameters()) == pytest.approx(24.8e6, abs=0.05e6)
-    norms = [m for m in vits.modules() if isinstance(m, nn.LayerNorm)]
-    assert {m.eps for m in norms} == {1e-6}, "a difference that no output shows"
-
-
-def test_vit_b_has_the_published_shapes():
+@pytest.mark.parametrize(
+    ("name", "width", "count"),
+    [("dinov2_vits14", 384, 24_795_637), ("dinov2_vitb14", 768, 97_528_789)],
+)
+def test_dinov2_with_dpt_has_the_published_parameters(name: str, width: int, count: int):
     with torch.device("meta"):
-        state = build_network("dinov2_vitb14", 21).backbone.state_dict()
-    assert {k: tuple(v.shape) for k, v in state.items()} == published_shapes(768)
+        net = build_network(name, 21, decoder="dpt")
+    state = net.backbone.state_dict()
+    assert {k: tuple(v.shape) for k, v in state.items()} == published_shapes(width)
+    assert sum(p.numel() for p in net.parameters()) == count
+    norms = [m for m in net.modules() if isinstance(m, nn.LayerNorm)]
+    assert {m.eps for m in norms} == {1e-6}, "a difference that no output shows"
 
 
 def cubic(table: np.ndarray, size: int) -> np.ndarray:
@@ -240,54 +206,49 @@ def cubic(table: np.ndarray, size: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def positions(pos_embed: Tensor, h: int, w: int) -> np.ndarray:
+def positions(pos_embed: Tensor, h: int, w: int) -> Tensor:
     """[1 + h w, A]: the class part, then the resized table."""
-    table = pos_embed[0].double().numpy()
+    table = pos_embed.detach()[0].double().numpy()
     patches = cubic(table[1:].reshape(37, 37, -1), h).transpose(1, 0, 2)
     patches = cubic(patches, w).transpose(1, 0, 2)
-    return np.concatenate([table[:1], patches.reshape(h * w, -1)])
+    return torch.from_numpy(np.concatenate([table[:1], patches.reshape(h * w, -1)]))
 
 
 def test_position_table(vits: nn.Module):
     dino = vits.backbone
     assert torch.equal(dino.positions(37, 37), dino.pos_embed), "used as it is at 37 x 37"
     for h, w in ((2, 3), (16, 5), (40, 37)):
-        found = dino.positions(h, w)[0].detach().numpy()
-        np.testing.assert_allclose(found, positions(dino.pos_embed.detach(), h, w), atol=2e-4)
+        found = dino.positions(h, w)[0].double()
+        torch.testing.assert_close(found, positions(dino.pos_embed, h, w), rtol=0, atol=2e-4)
 
 
-def norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * weight + bias
+LAYERS = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj."}
+LAYERS |= {"linear1.": "mlp.fc1.", "linear2.": "mlp.fc2.", "norm1.": "norm1.", "norm2.": "norm2."}
+GAMMAS = {"attn.proj.": "ls1.gamma", "mlp.fc2.": "ls2.gamma"}
 
 
-def vit(state: dict[str, Tensor], image: np.ndarray, heads: int = 6) -> list[np.ndarray]:
-    """One image [3, H, W] to four maps [A, h, w], in numpy, head by head."""
-    s = {k: v.double().numpy() for k, v in state.items()}
-    h, w, width = image.shape[1] // 14, image.shape[2] // 14, s["cls_token"].shape[-1]
-    kernel, tokens = s["patch_embed.proj.weight"], [s["cls_token"][0, 0]]
-    for i in range(h):
-        for j in range(w):
-            patch = image[:, 14 * i : 14 * i + 14, 14 * j : 14 * j + 14]
-            tokens.append((kernel * patch).sum((1, 2, 3)) + s["patch_embed.proj.bias"])
-    x, maps, d = np.stack(tokens) + positions(state["pos_embed"], h, w), [], width // heads
+def vit(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """Images [B, 3, H, W] to four maps, by torch's own layers: LayerScale is in their weights."""
+    s = {k: v.double() for k, v in state.items()}
+    b, _, height, width = x.shape
+    h, w = height // 14, width // 14
+    patches = x.reshape(b, 3, h, 14, w, 14).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, -1)
+    patches = patches @ s["patch_embed.proj.weight"].flatten(1).T + s["patch_embed.proj.bias"]
+    x = torch.cat([s["cls_token"].expand(b, 1, -1), patches], 1)
+    x, maps = x + positions(state["pos_embed"], h, w), []
+    last = (s["norm.weight"].shape, s["norm.weight"], s["norm.bias"], 1e-6)
     for k in range(12):
-        b = {n.removeprefix(f"blocks.{k}."): v for n, v in s.items() if f"blocks.{k}." in n}
-        y = norm(x, b["norm1.weight"], b["norm1.bias"])
-        qkv = y @ b["attn.qkv.weight"].T + b["attn.qkv.bias"]
-        out = []
-        for n in range(heads):
-            q, key, v = (qkv[:, m * width + n * d : m * width + (n + 1) * d] for m in range(3))
-            e = np.exp(q @ key.T / math.sqrt(d))
-            out.append(e / e.sum(1, keepdims=True) @ v)
-        y = np.concatenate(out, 1) @ b["attn.proj.weight"].T + b["attn.proj.bias"]
-        x = x + b["ls1.gamma"] * y
-        y = norm(x, b["norm2.weight"], b["norm2.bias"])
-        y = y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]
-        y = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
-        x = x + b["ls2.gamma"] * (y @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"])
+        layer = nn.TransformerEncoderLayer(384, 6, 1536, 0, "gelu", 1e-6, True, True).double()
+        own = {}
+        for theirs, ours in LAYERS.items():
+            gamma = s[f"blocks.{k}.{GAMMAS[ours]}"] if ours in GAMMAS else torch.ones(1).double()
+            weight = s[f"blocks.{k}.{ours}weight"]
+            own[f"{theirs}weight"] = weight * gamma.view(-1, *[1] * (weight.dim() - 1))
+            own[f"{theirs}bias"] = s[f"blocks.{k}.{ours}bias"] * gamma
+        layer.load_state_dict(own)
+        x = layer(x)
         if k in (2, 5, 8, 11):
-            maps.append(norm(x, s["norm.weight"], s["norm.bias"])[1:].T.reshape(width, h, w))
+            maps.append(F.layer_norm(x, *last)[:, 1:].transpose(1, 2).reshape(b, 384, h, w))
     return maps
 
 
@@ -295,12 +256,10 @@ def test_dinov2_forward(vits: nn.Module):
     torch.manual_seed(2)
     x = torch.randn(2, 3, 28, 42)
     with torch.no_grad():
-        found = vits.backbone(x)
-    for b in range(2):
-        mine = vit(vits.backbone.state_dict(), x[b].double().numpy())
-        for ours, theirs in zip(found, mine, strict=True):
-            assert np.abs(theirs).max() > 1
-            np.testing.assert_allclose(ours[b].numpy(), theirs, rtol=1e-4, atol=5e-5)
+        mine = vit(vits.backbone.state_dict(), x.double())
+        for ours, theirs in zip(vits.backbone(x), mine, strict=True):
+            assert theirs.abs().max() > 1
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=5e-5)
 
 
 def dpt(d: nn.Module, maps: list[Tensor]) -> Tensor:
@@ -330,14 +289,12 @@ def dpt(d: nn.Module, maps: list[Tensor]) -> Tensor:
 def test_dpt_decoder(vits: nn.Module):
     torch.manual_seed(3)
     maps = [torch.randn(2, 384, 4, 6) for _ in range(4)]
-    channels = [p.out_channels for p in vits.decode.project]
-    assert channels == [48, 96, 192, 384]
     with torch.no_grad():
-        found, mine = vits.decode(maps), dpt(vits.decode, maps)
+        found, mine = vits.decoder(maps), dpt(vits.decoder, maps)
         torch.testing.assert_close(found, mine, rtol=1e-4, atol=1e-5)
         assert found.shape == (2, 64, 32, 48)
         x = torch.randn(1, 3, 56, 84)
-        z = vits.classifier(dpt(vits.decode, vits.backbone(x)))
+        z = vits.classifier(dpt(vits.decoder, vits.backbone(x)))
         z = F.interpolate(z, (56, 84), mode="bilinear", align_corners=True)
         torch.testing.assert_close(vits(x), z, rtol=1e-4, atol=1e-5)
 
@@ -345,22 +302,23 @@ def test_dpt_decoder(vits: nn.Module):
 def test_the_output_stride_is_a_cnns(vits: nn.Module):
     """Guards: ASPP rates of a stride that the patches do not have."""
     for backbone, rates in (("dinov2_vits14", [1, 6, 12, 18, 1]), ("resnet18", [1, 12, 24, 36, 1])):
-        aspp = build_network(backbone, 3, 8).aspp
+        aspp = build_network(backbone, 3, 8).decoder.aspp
         found = [m.dilation[0] for m in aspp.modules() if isinstance(m, nn.Conv2d)]
         assert found[:5] == rates
-
-
-def test_dpt_needs_dinov2():
-    with pytest.raises(InputError, match="resnet18"):
-        build_network("resnet18", 4, decoder="dpt")
 
 
 # ------------------------------------------------------------------------------------ weights
 
 
-def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def vits_file() -> dict[str, Tensor]:
     torch.manual_seed(5)
-    return {k: torch.randn(s) for k, s in shapes.items()}
+    return {k: torch.randn(shape) for k, shape in published_shapes().items()}
+
+
+def torchvisions(name: str) -> dict[str, Tensor]:
+    """The state dict of a network with its classifier."""
+    torch.manual_seed(6)
+    return shuffled(getattr(models, name)(weights=None)).state_dict()
 
 
 @pytest.fixture
@@ -371,131 +329,127 @@ def save(tmp_path: Path):
     path.unlink()  # some 100 MB
 
 
-def test_a_published_dinov2_file_loads_with_every_key(save):
-    state = random_state(published_shapes())
-    net = build_network("dinov2_vits14", 4)
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + k: v for k, v in state.items()}
+
+
+def beside(state: dict) -> dict:
+    """What other people's trainers save beside the tensors: no code, but no plain values either."""
+    flags = argparse.Namespace(lr=0.1, arch="resnet18")
+    return {"model_state": state, "acc": np.float64(71.2), "best": np.float32(1), "args": flags}
+
+
+FOREIGN = {  # network: how a file may hold its state dict
+    "resnet18: as it is": lambda s: s,
+    "resnet18: DDP": lambda s: {"state_dict": prefixed("module.", s), "epoch": 3},
+    "resnet18: a segmenter": lambda s: {"net": prefixed("module.backbone.", s)},
+    "resnet18: MoCo": lambda s: {"state_dict": prefixed("module.encoder_q.", s)},
+    "resnet18: an encoder": lambda s: {"model_state": prefixed("encoder.", s), "optimizer": {}},
+    "resnet18: a teacher": lambda s: {"teacher": prefixed("backbone.", s), "step": 1},
+    "resnet18: nested": lambda s: {"checkpoint": {"model": {"state_dict": s}}},
+    "resnet18: beside numpy and argparse": beside,
+    "mobilenet_v2: features": lambda s: s,
+    "mobilenet_v2: a prefix more": lambda s: prefixed("module.", s),
+    "dinov2_vits14: as published": lambda s: s,
+    "dinov2_vits14: a teacher": lambda s: {"teacher": prefixed("backbone.", s)},
+}
+
+
+@pytest.mark.parametrize("how", FOREIGN)
+def test_a_file_of_others_is_looked_through(how: str, save):
+    name = how.split(":")[0]
+    state = vits_file() if name == "dinov2_vits14" else torchvisions(name)
+    net = build_network(name, 4)
     head = copy.deepcopy(net.classifier.weight)
-    line = load_weights(net, "dinov2_vits14", save(state))
-    assert "175 keys matched, 0 missing, 0 unexpected" in line
-    for name, value in net.backbone.state_dict().items():
-        assert torch.equal(value, state[name]), name
+    line = load_weights(net, name, save(FOREIGN[how](state)))
+    counts = {"resnet18": (120, 2), "mobilenet_v2": (306, 6), "dinov2_vits14": (175, 0)}[name]
+    assert "{} keys matched, 0 missing, {} unexpected".format(*counts) in line
+    for key, value in net.backbone.state_dict().items():
+        assert torch.equal(value, state["features." * (name == "mobilenet_v2") + key]), key
     assert torch.equal(net.classifier.weight, head)
 
 
-def test_a_dinov2_file_without_a_block_is_refused(save):
-    state = random_state(published_shapes())
-    state = {k: v for k, v in state.items() if not k.startswith("blocks.7.")}
-    net = build_network("dinov2_vits14", 4)
-    before = copy.deepcopy(net.state_dict())
-    with pytest.raises(InputError, match=r"161 keys matched, 14 missing.*blocks\.7\."):
-        load_weights(net, "dinov2_vits14", save(state))
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+def test_our_own_best_network_is_loaded_whole_where_the_classes_agree(save):
+    """Guards: a head with classes in another order; a second network that takes the same head."""
+    trained = shuffled(build_network("resnet18", 2))
+    best = {"net": trained.state_dict(), "config": trained.config, "classes": ["cat", "dog"]}
+    file = save(best | {"step": 7})
+    for classes, whole in ((["cat", "dog"], True), (["dog", "cat"], False), (None, False)):
+        net = build_network("resnet18", 2)
+        line = load_weights(net, "resnet18", file, classes)
+        assert ("the whole network of step 7" in line) == whole
+        assert ("120 keys matched" in line) != whole
+        assert torch.equal(net.backbone.conv1.weight, trained.backbone.conv1.weight)
+        for name, value in net.state_dict().items():
+            if "backbone" not in name and "tracked" not in name:
+                assert torch.equal(value, trained.state_dict()[name]) == whole, name
 
 
-def test_a_dinov2_file_with_registers_is_refused(save):
-    state = random_state(published_shapes()) | {"register_tokens": torch.randn(1, 4, 384)}
-    net = build_network("dinov2_vits14", 4)
-    with pytest.raises(InputError, match=r"1 unexpected; register_tokens is only in one"):
-        load_weights(net, "dinov2_vits14", save(state))
-
-
-def other_weights(name: str) -> dict[str, Tensor]:
-    """torchvision's state dict of a network with its classifier."""
-    torch.manual_seed(6)
-    return shuffled(getattr(models, name)(weights=None)).state_dict()
-
-
-@pytest.mark.parametrize(
-    ("prefix", "wrap"),
-    [("", None), ("module.", "state_dict"), ("backbone.", "model"), ("module.backbone.", "net")],
-)
-def test_prefixes_and_wraps_are_looked_through(prefix: str, wrap: str | None, save):
-    state, net = other_weights("resnet18"), build_network("resnet18", 4)
-    named = {prefix + k: v for k, v in state.items()}
-    file = save({wrap: named, "epoch": 3} if wrap else named)
-    line = load_weights(net, "resnet18", file)
-    own = net.backbone.state_dict()
-    assert f"{len(own)} keys matched, 0 missing, 2 unexpected" in line, "fc has two keys"
-    for name, value in own.items():
-        assert torch.equal(value, state[name]), name
-
-
-@pytest.mark.parametrize("prefix", ["features.", "module.features.", ""])
-def test_mobilenet_features(prefix: str, save):
-    state, net = other_weights("mobilenet_v2"), build_network("mobilenet_v2", 4)
-    features = {k.removeprefix("features."): v for k, v in state.items() if "features." in k}
-    named = {prefix + k: v for k, v in features.items()}
-    named |= {k: v for k, v in state.items() if "classifier" in k and prefix}
-    assert "0 missing" in load_weights(net, "mobilenet_v2", save(named))
-    for name, value in net.backbone.state_dict().items():
-        assert torch.equal(value, features[name]), name
-
-
-def deep_stem(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def deep_stem() -> dict[str, Tensor]:
     """Three 3x3 convolutions instead of the 7x7 one, as in mmseg's ResNetV1c."""
-    state = {k: v for k, v in state.items() if k.split(".")[0] not in ("conv1", "bn1")}
+    state = {
+        k: v for k, v in torchvisions("resnet50").items() if k[:5] != "conv1" and k[:3] != "bn1"
+    }
     for k, (a, b) in enumerate(((3, 32), (32, 32), (32, 64))):
         state[f"stem.{3 * k}.weight"] = torch.randn(b, a, 3, 3)
     return state
 
 
-REFUSED = {
-    "deep stem": ("resnet50", lambda: deep_stem(other_weights("resnet50"))),
+LOOP: dict = {}
+LOOP["x"] = LOOP
+REFUSED = {  # backbone, file, what the line says
+    "deep stem": ("resnet50", deep_stem, "5 missing.*conv1.weight"),
     "deep stem under the old name": (
         "resnet18",
-        lambda: other_weights("resnet18") | {"conv1.weight": torch.randn(64, 64, 3, 3)},
+        lambda: torchvisions("resnet18") | {"conv1.weight": torch.randn(64, 64, 3, 3)},
+        r"1 missing.*conv1.weight has shapes \[\(64, 64, 3, 3\), \(64, 3, 7, 7\)\]",
     ),
-    "a smaller network": ("resnet34", lambda: other_weights("resnet18")),
-    "other blocks": ("resnet18", lambda: other_weights("resnet50")),
-    "another kind": ("mobilenet_v2", lambda: other_weights("resnet18")),
-    "a classifier alone": ("resnet18", lambda: {"fc.weight": torch.randn(1000, 512)}),
-    "no tensors": ("resnet18", lambda: dict.fromkeys(other_weights("resnet18"), 0)),
-    "nothing": ("resnet18", dict),
+    "a smaller network": ("resnet34", lambda: torchvisions("resnet18"), r"layer1\.2"),
+    # ResNet-34 holds every key of ResNet-18, and has the same shapes there
+    "a larger network": ("resnet18", lambda: torchvisions("resnet34"), r"0 missing.*layer1\.2"),
+    "another kind": ("mobilenet_v2", lambda: torchvisions("resnet18"), "0 keys matched"),
+    "no tensors": ("resnet18", lambda: dict.fromkeys(torchvisions("resnet18"), 0), "0 keys"),
+    "a dict that holds itself": ("resnet18", lambda: LOOP, "0 keys matched"),
+    "a ViT without a block": (
+        "dinov2_vits14",
+        lambda: {k: v for k, v in vits_file().items() if "blocks.7." not in k},
+        r"161 keys matched, 14 missing.*blocks\.7\.",
+    ),
+    "a ViT with registers": (
+        "dinov2_vits14",
+        lambda: vits_file() | {"register_tokens": torch.randn(1, 4, 384)},
+        "1 unexpected; register_tokens is only in one",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_another_architectures_file_is_refused(case: str, save):
-    name, state = REFUSED[case]
+    name, state, said = REFUSED[case]
     net = build_network(name, 4)
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(InputError, match="missing") as e:
+    with pytest.raises(InputError, match=said) as e:
         load_weights(net, name, save(state()))
     assert "\n" not in str(e.value)
-    assert name in str(e.value)
+    assert f"another architecture; give a file of {name}" in str(e.value)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_a_larger_networks_file_is_refused(save):
-    """ResNet-34 holds every key of ResNet-18, and has the same shapes there."""
-    net = build_network("resnet18", 4)
-    before = copy.deepcopy(net.state_dict())
-    with pytest.raises(InputError, match=r"layer\d\.\d"):
-        load_weights(net, "resnet18", save(other_weights("resnet34")))
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+@pytest.mark.parametrize("value", [Path("x"), Fraction(1, 2)])
+def test_what_cannot_be_read_safely_is_named(value: object, save):
+    file = save({"model": torchvisions("resnet18"), "config": value})
+    with pytest.raises(InputError) as e:
+        load_weights(build_network("resnet18", 4), "resnet18", file)
+    kind = f"{type(value).__module__}.{type(value).__name__}"
+    assert str(e.value) == f"{file}: no loadable checkpoint (holds a {kind}); give a state_dict"
 
 
-def test_no_weights_change_nothing():
-    net = build_network("resnet18", 4)
+def test_imagenet_weights_and_none(monkeypatch):
+    state, net = torchvisions("resnet18"), build_network("resnet18", 4)
     before = copy.deepcopy(net.state_dict())
     assert "random" in load_weights(net, "resnet18", "none")
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-
-
-def test_backbones_are_named_in_full():
-    assert set(CNNS) == {"resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"}
-    assert set(BACKBONES) - set(CNNS) == {"dinov2_vits14", "dinov2_vitb14"}
-
-
-def test_imagenet_weights_without_a_process_group(monkeypatch):
-    """Guards: waiting for the ranks of a group that there is not; clusters set LOCAL_RANK alone."""
-
-    class Published:
-        def get_state_dict(self, progress: bool) -> dict:
-            return {"progress": progress}
-
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(
-        networks.models, "get_model_weights", lambda name: {"IMAGENET1K_V1": Published()}
-    )
-    assert networks._download_weights("resnet18") == {"progress": True}
+    published = SimpleNamespace(get_state_dict=lambda progress: state)
+    monkeypatch.setattr(models, "get_model_weights", lambda name: {"IMAGENET1K_V1": published})
+    assert "120 keys matched, 0 missing, 2 unexpected" in load_weights(net, "resnet18", "imagenet")
+    assert torch.equal(net.backbone.conv1.weight, state["conv1.weight"])

@@ -1,0 +1,448 @@
+"""The three scripts as commands: presets, bad input, NOTE lines, best.pt on pictures."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from datasets import make_folder, noise, save, truncate
+from PIL import Image
+
+import common
+import data
+import mkd
+import segkc
+import speed
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"speed": speed, "mkd": mkd, "segkc": segkc}
+OVER_SCRIPTS = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def run(script: str, argv: str, cwd: Path, **env: str) -> SimpleNamespace:
+    """`python <script>.py <argv>` in a fork of this process: its status, lines of out and err."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.chdir(cwd)
+            for stream in (1, 2):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+                os.dup2(os.open(f"stream{stream}", flags, 0o666), stream)
+            sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+                os.environ.pop(name, None)
+            os.environ.update(env)
+            sys.argv = [f"{script}.py", *argv.split()]
+            common.launch(SCRIPTS[script].main)
+        finally:
+            os._exit(99)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    out, err = ((cwd / f"stream{k}").read_text().splitlines() for k in (1, 2))
+    return SimpleNamespace(status=status, out=out, err=err)
+
+
+def error_of(done: SimpleNamespace, status: int = 2) -> str:
+    """The one line that a refused command ends with; argparse says the usage before."""
+    assert done.status == status, done.err
+    errors = [line for line in done.err if "error: " in line]
+    assert errors == done.err[-1:], done.err
+    assert len(done.err) == 1 or done.err[0].startswith("usage: "), done.err
+    assert not any("Traceback" in line for line in done.err + done.out)
+    return errors[0]
+
+
+# ----------------------------------------------------------------------------------- presets
+
+CNN = dict(optimizer="sgd", weight_decay=1e-4, output_stride=16, ramp=0, threshold=0.95)
+VIT = dict(optimizer="adamw", lr=5e-6, head_lr_mult=40, weight_decay=0.01, threshold=0.95)
+VOC = CNN | dict(crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=10, sup_loss="ce")
+CITY = CNN | dict(crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1, threshold=0)
+VOC_VIT = VIT | dict(crop_size=518, batch_size=16, epochs=60, sup_loss="ce")
+CITY_VIT = VIT | dict(crop_size=798, batch_size=8, epochs=180)
+OHEM = dict(sup_loss="ohem", ohem_share=0.156, eval_mode="slide")
+FIELD = {  # the field's protocols
+    "pascal": VOC,
+    "folder": VOC,
+    "cityscapes": CITY | OHEM,
+    "pascal --backbone dinov2_vits14": VOC_VIT,
+    "folder --backbone dinov2_vitb14": VOC_VIT,
+    "cityscapes --backbone dinov2_vitb14": CITY_VIT | OHEM,
+}
+
+
+@pytest.mark.parametrize("argv", FIELD)
+@OVER_SCRIPTS
+def test_presets_are_the_fields(script, argv):
+    args = vars(SCRIPTS[script].parse_args(["--dataset", *argv.split()]))
+    expected = FIELD[argv] | dict(weights="imagenet", scale=(0.5, 2.0))
+    if script == "mkd":
+        expected["threshold"] = 0  # as in the released config
+    assert {k: args[k] for k in expected} == expected
+    cnn = {"speed": "resnet101", "mkd": "resnet101", "segkc": "resnet50"}
+    assert args["backbone"] == (argv.split()[2] if "--" in argv else cnn[script])
+    assert args.get("senior", "resnet101") == "resnet101"
+
+
+@OVER_SCRIPTS
+def test_built_in_images_need_no_file_and_a_flag_overrides_a_preset(script):
+    args = SCRIPTS[script].parse_args(["--dataset", "shapes"])
+    assert (args.weights, args.threshold, args.ramp) == ("none", 0.95, 0.5)
+    argv = "--dataset pascal --crop-size 280 --lr 0.5 --threshold 0.7".split()
+    args = SCRIPTS[script].parse_args(argv)
+    assert (args.crop_size, args.lr, args.threshold) == (280, 0.5, 0.7)
+
+
+# ------------------------------------------------------------------------- what is found where
+
+
+@OVER_SCRIPTS
+def test_without_voc_the_first_lines_say_so(script, tmp_path):
+    """Nothing is trained here: the split is refused thereafter."""
+    done = run(script, "--split 9999", tmp_path)
+    assert "9999" in error_of(done)
+    assert "NOTE: no PASCAL VOC 2012 under data: this run uses the built-in shapes" in done.out[0]
+    command = "python data.py --dataset pascal --root data --download"
+    assert re.fullmatch(f"NOTE: .*{command}", done.out[1])
+    assert data.make_parser().parse_args(command.split()[2:]).download
+    assert "NOTE" not in str(run(script, "--dataset shapes --split 9999", tmp_path).out)
+
+
+# --------------------------------------------------------------------------------- bad input
+
+NUMBERS = {  # values that are refused, flags
+    "0 -1 1.5 x": "crop-size batch-size iters epochs eval-every save-every log-every grid",
+    "-1 1.5 x": "seed split-seed workers",
+    "0 -1 nan inf x": "lr head-lr-mult temperature feature-temperature",
+    "-1 nan inf x": "weight-decay lambda-u lambda-st lambda-ss lambda-cps lambda-feat alpha beta",
+    "-0.1 1.1 nan x": "threshold ramp ohem-share threshold-ss ema",
+    "x": "dataset protocol backbone decoder output-stride optimizer sup-loss amp eval-mode pick fa",
+}
+
+
+@OVER_SCRIPTS
+def test_values_out_of_range(script, capsys):
+    """argparse names the flag, the value and the range."""
+    args = vars(SCRIPTS[script].parse_args(["--dataset", "shapes"]))
+    cases = [(f, v) for v, flags in NUMBERS.items() for f in flags.split()]
+    for flag, value in [(f, v) for f, values in cases for v in values.split()]:
+        if flag.replace("-", "_") in args:
+            with pytest.raises(SystemExit, match="^2$"):
+                SCRIPTS[script].parse_args(["--dataset=shapes", f"--{flag}={value}"])
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert re.search(rf"error: argument .*--{flag}: .*{re.escape(value)}", line), line
+
+
+Spoil = Callable[[Path], object]
+
+
+def mask(value: int, part: str = "train", height: int = 40) -> Spoil:
+    """Masks of one value."""
+    array = np.full((height, 48), value, np.uint8)
+    return lambda tmp: [save(p, array) for p in (tmp / "root" / part / "masks").iterdir()]
+
+
+def put(name: str, content: object) -> Spoil:
+    """Writes a file: bytes, or what torch.save makes of a value or of a function's."""
+
+    def write(tmp: Path) -> None:
+        path = tmp / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content() if callable(content) else content, path)
+
+    return write
+
+
+class Code:
+    """Unpickling it would make a file, `executed` in the working directory."""
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("executed",)
+
+
+def best_pt(**changes: object) -> dict:
+    """A best.pt of random weights; `changes` may spoil it."""
+    torch.manual_seed(0)
+    net = common.build_network("resnet18", 3)
+    saved = dict(net=net.state_dict(), config=net.config, classes=["sky", "road", "car"])
+    saved |= dict(eval=dict(crop_size=33, eval_mode="whole", amp="off"))
+    return saved | dict(dataset="folder", step=1, miou=1.0) | changes
+
+
+def vit_pt() -> dict:
+    net = common.build_network("dinov2_vits14", 3, decoder="dpt")
+    return best_pt(net=net.state_dict(), config=net.config)
+
+
+def resnet50() -> dict:
+    return torchvision.models.resnet50(weights=None).state_dict()
+
+
+def nothing(_: Path) -> None:
+    """What a case spoils that is wrong by its flags alone."""
+
+
+LISTS, WEIGHTS, TEST = "--split {tmp}/lists", "--weights {tmp}/w.pth", "--test-only {tmp}/best.pt"
+OTHER, VGG = ["sky", "road", "cat"], dict(backbone="vgg", num_classes=3)
+CODE = {"a": Code()}
+VIT_64 = "--crop-size 64 --backbone dinov2_vits14"
+HALF = lambda tmp: [truncate(p) for p in (tmp / "root/train/images").iterdir()]  # noqa: E731
+
+CASES: dict[str, tuple[Spoil, str, str]] = {
+    # name: what is spoilt, flags, what the line must say: flag or file, value, remedy
+    "split nonsense": (nothing, "--split nonsense", "--split nonsense | 1/8, full | a folder"),
+    "split 0": (nothing, "--split 0", "--split 0 | 0 labelled images | 1 to 4"),
+    "split too large": (nothing, "--split 5", "--split 5 | 1 to 4"),
+    "folder without lists": (nothing, "--split {tmp}/root", "root/labeled.txt"),
+    "one list": (put("lists/labeled.txt", b"t00"), LISTS, "unlabeled.txt | text"),
+    "list of an unknown id": (
+        put("lists/labeled.txt", b"t99"),
+        LISTS,
+        "labeled.txt | t99 | remove",
+    ),
+    "list of bytes": (put("lists/labeled.txt", b"\x80\xff"), LISTS, "labeled.txt | text"),
+    "no pascal": (nothing, "--dataset pascal", "{tmp}/root | --download"),
+    "no cityscapes": (nothing, "--dataset cityscapes", "{tmp}/root | leftImg8bit"),
+    "no folder": (nothing, "--root {tmp}/nowhere", "nowhere/classes.txt | not found"),
+    "truncated JPEG": (HALF, "", ".jpg | replace or remove"),
+    "mask of another size": (mask(0, height=39), "", ".png | (48, 39) | (48, 40)"),
+    "mask value too large": (mask(3), "", ".png | value 3 | 0 to 2"),
+    "mask value in val": (mask(9, "val"), "", "v00.png | value 9 | 0 to 2"),
+    "of another network": (put("w.pth", resnet50), WEIGHTS, "w.pth | give a file of resnet18"),
+    "no weights": (nothing, WEIGHTS, "w.pth | give a state_dict"),
+    "empty weights": (put("w.pth", {}), WEIGHTS, "w.pth | another architecture | resnet18"),
+    "weights with code": (put("w.pth", CODE), WEIGHTS, "w.pth | mkdir | give a state_dict"),
+    "latest.pt with code": (put("out/latest.pt", CODE), "", "latest.pt | mkdir"),
+    "latest.pt cut": (put("out/latest.pt", b"PK\x03\x04 cut"), "", "latest.pt"),
+    "another latest.pt": (put("out/latest.pt", {"net": {}}), "", "out | --overwrite"),
+    "best.pt alone": (put("out/best.pt", {}), "", "{tmp}/out | no latest.pt | another --out"),
+    "out is a file": (put("f", b""), "--out {tmp}/f", "{tmp}/f | give another --out"),
+    "test code": (put("best.pt", CODE), TEST, "best.pt | mkdir"),
+    "test a state dict": (put("best.pt", {"a": 1}), TEST, "best.pt | give"),
+    "other classes": (put("best.pt", lambda: best_pt(classes=OTHER)), TEST, "best.pt | classes"),
+    "unknown network": (put("best.pt", lambda: best_pt(config=VGG)), TEST, "best.pt | vgg"),
+    "windows off the patches": (put("best.pt", vit_pt), TEST + " --crop-size 64", "multiple of 14"),
+    "strange config": (put("best.pt", lambda: best_pt(config=[1])), TEST, "best.pt | give"),
+    "strange data set": (put("best.pt", {"dataset": ["x"]}), TEST, "best.pt | give"),
+    "predictions of a run": (nothing, "--save-predictions {tmp}/p", "--save-predictions | CKPT"),
+    "pictures, no network": (nothing, "--predict {tmp}", "--predict | --test-only CKPT"),
+    "odd batch": (nothing, "--batch-size 3", "--batch-size 3 on 1 ranks | multiple of 2"),
+    "crop too small": (nothing, "--crop-size 31", "--crop-size 31 | at least 32 pixels"),
+    "crop off the patches": (nothing, VIT_64, "--crop-size 64 | multiple of 14"),
+    "DPT on a CNN": (nothing, "--decoder dpt", "--decoder dpt | resnet18 | use deeplab"),
+    "scale the wrong way": (nothing, "--scale 2 0.5", "--scale 2.0 0.5 | smaller one first"),
+    "unknown flag": (nothing, "--lern-rate 1", "unrecognized arguments | --lern-rate"),
+}
+
+
+def tiny(script: str, tmp: Path) -> str:
+    """The flags of a run that works: each case spoils one thing of it."""
+    flags = f"--dataset folder --root {tmp}/root --split full --crop-size 33 --batch-size 2 "
+    flags += f"--iters 1 --backbone resnet18 --weights none --workers 0 --out {tmp}/out "
+    return flags + "--senior resnet18 " * (script == "segkc")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A folder data set with one val image; tests that spoil it take a copy."""
+    return make_folder(tmp_path_factory.mktemp("data") / "root", val=1)
+
+
+@pytest.mark.parametrize("name", CASES)
+@OVER_SCRIPTS
+def test_bad_input(script, name, tmp_path, root):
+    spoil, flags, said = CASES[name]
+    shutil.copytree(root, tmp_path / "root")
+    spoil(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt*")}
+    done = run(script, tiny(script, tmp_path) + flags.format(tmp=tmp_path), tmp_path)
+    line = error_of(done, 1 if name.startswith("out ") else 2)
+    for part in said.split(" | "):
+        assert part.format(tmp=tmp_path) in line, line
+    assert not (tmp_path / "executed").exists()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt*")} == before  # nothing saved
+
+
+@pytest.mark.parametrize(("world", "batch"), [(2, 2), (2, 3), (3, 8), (4, 12)])
+def test_batch_that_the_ranks_cannot_share(world, batch, root):
+    args = speed.parse_args(f"--dataset folder --root {root} --batch-size {batch}".split())
+    with pytest.raises(data.InputError) as e:
+        common.settle(args, data.load_split(args), world, torch.device("cpu"))
+    assert f"--batch-size {batch} on {world} ranks" in str(e.value)
+    assert f"multiple of {2 * world}" in str(e.value)
+
+
+@OVER_SCRIPTS
+def test_a_run_that_fails_ends_with_one_line(script, tmp_path, root):
+    argv = tiny(script, tmp_path) + f"--root {root} --lr 1e30 --iters 3 --log-every 1"
+    line = error_of(run(script, argv, tmp_path), 1)
+    assert re.match(r"error: step [23]: \w+ is (nan|inf|-inf); .*lower --lr", line), line
+
+
+def test_a_process_of_its_own_and_a_worker(tmp_path, root):
+    shutil.copytree(root, tmp_path / "root")
+    truncate(tmp_path / "root/train/images/t01.jpg")
+    argv = (tiny("mkd", tmp_path) + "--workers 1 --iters 9").split()
+    how = dict(cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    p = subprocess.run(
+        [sys.executable, ROOT / "mkd.py", *argv], capture_output=True, text=True, **how
+    )
+    assert p.returncode == 2
+    assert re.fullmatch(r"error: .*t01\.jpg.*\n", p.stderr)
+
+
+# ------------------------------------------------------------------- the trained network in use
+
+
+@OVER_SCRIPTS
+def test_a_runs_best_network_has_the_runs_score(script, tmp_path, root):
+    """Guards: other weights, sizes or settings in --test-only than in the evaluation of a run;
+    a score over some of the classes that does not say so.
+    """
+    shutil.copytree(root, tmp_path / "root")
+    names = ["sky", "road", "car", *[f"unseen{k}" for k in range(9)]]
+    (tmp_path / "root/classes.txt").write_text("\n".join(names))
+    done = run(script, tiny(script, tmp_path) + "--eval-mode slide", tmp_path)
+    assert done.status == 0, done.err
+    line = json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[-1])
+    iou = {k: v for k, v in line["iou"].items() if v is not None}
+    absent = [k for k in names if k not in iou]
+    assert {"sky", "road", "car"} <= set(iou)
+    assert absent
+    assert line["miou"] == pytest.approx(sum(iou.values()) / len(iou), abs=1e-3)
+    over = f" over {len(iou)} of 12 classes (absent: {', '.join(absent)})"
+    assert done.out[-1].startswith(f"mIoU last {line['miou']:.2f}{over} · best ")
+    assert any(x.startswith("eval 1/1 miou ") and x.endswith(over) for x in done.out)
+
+    flags = f"--root {tmp_path}/root --test-only {tmp_path}/out/best.pt"
+    test = run(script, flags, tmp_path)
+    assert test.status == 0, test.err
+    assert test.out[-1].startswith(f"mIoU {line['miou']:.2f}{over} on 1 images · resnet18, slide")
+    values = {k: f"{v:.2f}" for k, v in iou.items()} | dict.fromkeys(absent, "absent")
+    assert dict(text.split() for text in test.out[:-1]) == values
+
+    argv = f"--weights {tmp_path}/out/best.pt --out {tmp_path}/again"
+    done = run(script, tiny(script, tmp_path) + argv, tmp_path)
+    assert done.status == 0, done.err
+    lines = [x for x in done.out if "out/best.pt: " in x]
+    assert "the whole network of step 1" in lines[0]
+    assert [re.search(r"120 keys matched, 0 missing", x) is not None for x in lines[1:]] == (
+        [True] * (script != "speed")  # two equal networks would stay equal
+    )
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory) -> Path:
+    """A best.pt of random weights, evaluated in windows of 33 pixels in bf16."""
+    saved = best_pt(eval=dict(crop_size=33, eval_mode="slide", amp="bf16"))
+    saved["net"]["classifier.weight"] *= 20  # several classes are predicted
+    path = tmp_path_factory.mktemp("best") / "best.pt"
+    torch.save(saved, path)
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@OVER_SCRIPTS
+def test_all_ways_to_predict_give_the_same_files(script, tmp_path, root, best):
+    """As val images of a data set, as pictures without one, as one file, and in Python."""
+    argv = f"--dataset folder --root {root} --test-only {best} --save-predictions {tmp_path}/val"
+    done = run(script, argv, tmp_path)
+    assert re.match(r"mIoU \d+\.\d\d on 1 images · ", done.out[-1]), "all classes are present"
+    expected = contents(tmp_path / "val")
+    assert set(expected) == {"v00.png", "v00_overlay.png"}
+    bare = tmp_path / "bare"  # no data set near, nor flags
+    bare.mkdir()
+    shutil.copy(root / "val/images/v00.jpg", bare / "v00.jpg")
+    for pictures in (root / "val/images", "v00.jpg"):
+        argv = f"--test-only {best} --predict {pictures} --save-predictions new/png"
+        done = run(script, argv, bare)
+        assert done.status == 0, done.err
+        assert done.out == ["new/png: 1 predicted"]
+        assert contents(bare / "new/png") == expected
+        shutil.rmtree(bare / "new")
+
+    net, classes, settings = common.load_best(best)
+    assert (classes, net.training) == (["sky", "road", "car"], False)
+    assert vars(settings) == dict(crop_size=33, eval_mode="slide", amp="bf16")
+    label = common.predict_image(net, data.open_picture(bare / "v00.jpg"), settings)
+    assert len(np.unique(label)) > 1
+    Image.fromarray(label).save(tmp_path / "v00.png")
+    assert (tmp_path / "v00.png").read_bytes() == expected["v00.png"]
+    shown = np.asarray(Image.open(tmp_path / "val/v00_overlay.png")).astype(int)
+    voc = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]])  # the colours of ids 0, 1, 2
+    mean = (np.asarray(Image.open(bare / "v00.jpg")).astype(int) + voc[label]) / 2
+    assert np.abs(shown - mean).max() <= 1
+
+
+@OVER_SCRIPTS
+def test_pictures_of_all_kinds(script, tmp_path, best):
+    """Upright at the picture's own size; what cannot be read is named, the rest is done."""
+    upright = noise(1, (48, 40))
+    save(tmp_path / "in/a.png", upright)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn to the left
+    turned = Image.fromarray(np.rot90(upright).copy())
+    turned.save(tmp_path / "in/b.png", exif=exif)
+    save(tmp_path / "in/grey.bmp", upright[..., 0])
+    save(tmp_path / "in/dot.in.name.webp", upright)
+    truncate(save(tmp_path / "in/cut.jpg", upright))
+    (tmp_path / "in/words.txt").write_text("no picture")
+    (tmp_path / "in/folder").mkdir()
+    done = run(script, f"--test-only {best} --predict in --save-predictions out", tmp_path)
+    assert (done.status, done.out[-1]) == (1, "out: 4 predicted")
+    bad = [line.split(": ")[1] for line in done.err if line.startswith("error: ")]
+    assert bad == ["in/cut.jpg", "in/words.txt"]
+    written = contents(tmp_path / "out")
+    stems = ("a", "b", "grey", "dot.in.name")
+    assert set(written) == {f"{s}{t}.png" for s in stems for t in ("", "_overlay")}
+    assert Image.open(tmp_path / "out/b.png").size == (48, 40)
+    assert written["b.png"] == written["a.png"]
+    assert written["b_overlay.png"] == written["a_overlay.png"]
+    net, _, settings = common.load_best(best)
+    label = common.predict_image(net, data.open_picture(tmp_path / "in/b.png"), settings)
+    np.testing.assert_array_equal(label, np.asarray(Image.open(tmp_path / "out/a.png")))
+
+
+PICTURES = {  # in the folder: --predict, --save-predictions, what is said
+    "a.png a.jpg": ("in", "out", "two pictures would both be a.png | rename"),
+    "a.png a_overlay.jpg": ("in", "out", "would both be a_overlay.png | rename"),
+    "a.png": ("in", "in", "--save-predictions in | another folder"),
+    "b.png": ("in/b.png", "./in", "--save-predictions in | another folder"),
+    "": ("in", "out", "--predict in | a file or a folder"),
+    "c.png": ("in/d.png", "out", "--predict in/d.png | a file or a folder"),
+}
+
+
+@pytest.mark.parametrize("names", PICTURES)
+@OVER_SCRIPTS
+def test_pictures_that_are_refused(script, names, tmp_path, best):
+    pictures, out, said = PICTURES[names]
+    (tmp_path / "in").mkdir()
+    for name in names.split():
+        save(tmp_path / "in" / name, noise(0))
+    argv = f"--test-only {best} --predict {pictures} --save-predictions {out}"
+    line = error_of(run(script, argv, tmp_path))
+    for part in said.split(" | "):
+        assert part in line
+    assert {p.name for p in (tmp_path / "in").iterdir()} == set(names.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_predictions_into_a_file(tmp_path, root, best):
+    (tmp_path / "f").touch()
+    argv = f"--dataset folder --root {root} --test-only {best} --save-predictions f"
+    assert "f: cannot be written" in error_of(run("speed", argv, tmp_path), 1)
