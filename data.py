@@ -55,6 +55,8 @@ SHAPES_CLASSES = (
     "background ringed_disk checkered_square striped_triangle dotted_star grained_cross"
 ).split()
 ROOT = Path("data")  # default of --root
+SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE, BUILT_IN = 512, 128, 96, Path("built in")
+VAL_PIXELS = 2**21  # of a val batch
 PROTOCOLS = ("classic", "blended", "priority")
 
 # fmt: off
@@ -203,10 +205,6 @@ def _files(folder: Path, suffixes: list[str], left: dict[Path, str]) -> dict[str
     return found
 
 
-SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE, BUILT_IN = 512, 128, 96, Path("built in")
-VAL_PIXELS = 2**21  # of a val batch
-
-
 def _shapes(root: Path) -> Source:
     train = [Item(f"train{i:03d}", i, BUILT_IN) for i in range(SHAPES_TRAIN)]
     val = [Item(f"val{i:03d}", 10_000 + i, BUILT_IN) for i in range(SHAPES_VAL)]
@@ -230,11 +228,7 @@ def load_source(name: str, root: Path) -> Source:
 
 @functools.cache
 def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a built-in image from its index alone: ([96, 96, 3] uint8, [96, 96] uint8 label).
-
-    A class is a form filled with its own texture. Background: gradients, plain clutter, the same
-    forms plain, the same textures formless.
-    """
+    """Draws a built-in image from its index alone: ([96, 96, 3] uint8, [96, 96] uint8 label)."""
     r, n = rng(0, "shapes", index), SHAPES_SIZE
     yy, xx = np.mgrid[:n, :n].astype(np.float32)
     label = np.zeros((n, n), np.uint8)
@@ -347,8 +341,7 @@ def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Imag
         mask = mask.point([train_ids.get(raw, IGNORE) for raw in range(256)])
     if mask.size != size:
         raise InputError(f"{item.mask}: {mask.size} pixels, its upright image {size}; mend one")
-    bad = [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]
-    if bad:
+    if bad := [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]:
         why = f"value {bad[0]}, but classes are 0 to {num_classes - 1} and 255 is ignored"
         remedy = "map it to one of these"
         if bad == [num_classes]:
@@ -398,14 +391,15 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     for part, items in (("val", source.val), ("labelled", labeled), ("unlabelled", unlabeled)):
         for item in items:
             if item.image in seen:
-                twice = f"{seen[item.image]} and as {part} image"
-                raise InputError(f"{item.id} is listed as {twice}; list it once")
+                raise InputError(
+                    f"{item.id}: a {seen[item.image]} and a {part} image; list it once"
+                )
             seen[item.image] = part
             files = (item.image,) if part == "unlabelled" else (item.image, item.mask)
             for file in files if source.name != "shapes" else ():
                 if file is None or not os.path.isfile(file):
-                    lost = f"{part} image; there is no {file or 'mask'}"
-                    raise InputError(f"{item.id}: {lost}; add it or unlist the id")
+                    what = f"{part} image; there is no {file or 'mask'}"
+                    raise InputError(f"{item.id}: {what}; add it or unlist the id")
 
     own = {(i.image, i.mask) for i in source.train}
     others = [i.mask for i in labeled if (i.image, i.mask) not in own]  # given by a list alone
@@ -532,10 +526,7 @@ def weak_view(
 
 
 def strong_params(r: Generator) -> list[float]:
-    """Draws a strong view: brightness, contrast, saturation, hue, grey, blur sigma; off = identity.
-
-    Colour jitter (0.5, 0.5, 0.5, 0.25) with p 0.8, grey p 0.2, Gaussian blur sigma 0.1-2.0 p 0.5.
-    """
+    """Draws a strong view: brightness, contrast, saturation, hue, grey, blur sigma; off: identity."""
     jitter = [*r.uniform(0.5, 1.5, 3), r.uniform(-0.25, 0.25)]
     jitter = jitter if r.random() < 0.8 else [1.0, 1.0, 1.0, 0.0]
     grey, sigma = float(r.random() < 0.2), r.uniform(0.1, 2.0)
@@ -613,8 +604,7 @@ def _loaded(dataset: Dataset, steps: range, workers: int, device: torch.device) 
     loader = DataLoader(  # batch_size None: an item is a batch already
         dataset, None, sampler=steps, num_workers=workers, pin_memory=pin, worker_init_fn=_calm
     )
-    if workers > 0:
-        atexit.register(_end_workers)
+    atexit.register(_end_workers)
     try:
         yield from loader
         return
@@ -634,8 +624,7 @@ def _end_workers() -> None:
     if hasattr(signal, "SIGCHLD"):  # else torch reports their death as an error
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+        process.kill()
 
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:
@@ -756,14 +745,11 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def strong_views(u: Tensor, strong: Tensor, order: list[int]) -> Tensor:
-    """Strong views [V, B, 3, H, W] of u [B, 3, H, W] in [0, 1] by strong [V, B, 6] (strong_params).
-
-    Ops and formulas are torchvision's; parameters are an image's, the order is the batch's.
-    """
+    """[V, B, 3, H, W] strong views of u [B, 3, H, W] in [0, 1] by strong [V, B, 6]."""
     views, b = strong.shape[:2]
     x = u.repeat(views, 1, 1, 1)  # [VB, 3, H, W]
     brightness, contrast, saturation, hue, grey, sigma = strong.reshape(-1, 6, 1, 1, 1).unbind(1)
-    for op in order:
+    for op in order:  # the formulas are torchvision's
         if op == 0:
             x = (x * brightness).clamp(0, 1)
         elif op == 1:
@@ -834,8 +820,7 @@ def check(source: Source) -> tuple[list[str], list[str]]:
                 notes.append(f"{item.image}: turned upright, by its EXIF orientation {turn}")
         except InputError as e:
             faults.append(str(e))
-    absent = [name for k, name in enumerate(source.classes) if k not in seen]
-    if absent:
+    if absent := [name for k, name in enumerate(source.classes) if k not in seen]:
         notes.append(f"in no mask: {', '.join(absent)}; was such a class saved as 255?")
     return faults, notes
 
@@ -878,8 +863,7 @@ WEIGHT, POSITIVE, SHARE = number(float), number(float, least=1e-12), number(floa
 
 def add_flags(group: argparse._ActionsContainer) -> None:
     """The flags of a data set and its split, for a parser or a group of it."""
-    datasets = tuple(PRESETS)
-    group.add_argument("--dataset", choices=datasets, help="unset: pascal if at --root, or shapes")
+    group.add_argument("--dataset", choices=tuple(PRESETS), help="unset: VOC at --root, or shapes")
     group.add_argument("--root", type=Path, default=ROOT, help="folder of the data set")
     group.add_argument("--protocol", choices=PROTOCOLS, default="classic", help="VOC's labelled")
     group.add_argument("--split", default="1/16", help="labelled: share, full, count, list folder")
@@ -902,10 +886,10 @@ def main() -> None:
     args.dataset = find_dataset(args.dataset, args.root)
     source = load_source(args.dataset, args.root)
     faults, notes = check(source)
-    counts = f"{len(source.train)} train, {len(source.val)} val images"
-    print(*notes, *faults, f"{args.dataset}: {counts}, {len(faults)} faults", sep="\n")
+    print(*notes, *faults, f"{args.dataset}: {len(faults)} faults", sep="\n")
     if faults:
         sys.exit(1)
+    print(load_split(args).line)
 
 
 if __name__ == "__main__":
