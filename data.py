@@ -526,7 +526,7 @@ def weak_view(
 
 
 def strong_params(r: Generator) -> list[float]:
-    """Draws a strong view: brightness, contrast, saturation, hue, grey, blur sigma; off: identity."""
+    """Draws brightness, contrast, saturation, hue, grey, blur sigma; off is the identity."""
     jitter = [*r.uniform(0.5, 1.5, 3), r.uniform(-0.25, 0.25)]
     jitter = jitter if r.random() < 0.8 else [1.0, 1.0, 1.0, 0.0]
     grey, sigma = float(r.random() < 0.2), r.uniform(0.1, 2.0)
