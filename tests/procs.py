@@ -92,6 +92,14 @@ def flags(script: str, root: Path, out: Path, more: str = "") -> list[str]:
     return f"{line} --out {out} {more}".split()
 
 
+class Died(BaseException):
+    """Stands for a kill: nothing in the code under test may catch it."""
+
+
+def die(*_: object) -> None:
+    raise Died
+
+
 def at_step(step: int, do: Callable[[], None]) -> mock._patch:
     """A patch: calls `do` after a run's `step`-th optimizer step, counted from 1, before its save.
 
