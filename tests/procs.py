@@ -77,7 +77,7 @@ class Tiny(common.Segmenter):
         self.classifier = nn.Conv2d(16, num_classes, 1)
 
 
-def tiny_network(backbone: str, num_classes: int, *_: object) -> Tiny:
+def tiny_network(backbone: str, num_classes: int, *_: object, **__: object) -> Tiny:
     """In place of common.build_network."""
     return Tiny(num_classes)
 

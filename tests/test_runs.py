@@ -62,9 +62,8 @@ NETWORKS = {  # names in eval lines, and where latest.pt has them; the first is 
 
 
 @pytest.mark.parametrize("script", METHODS)
-def test_eval_line_and_best_are_of_the_named_networks(script, root, tmp_path, monkeypatch):
+def test_eval_line_and_best_are_of_the_named_networks(script, root, tmp_path, small):
     """Guards: another network's mIoU in a line, or its weights in best.pt."""
-    monkeypatch.setattr(common, "build_network", lambda *_, **__: procs.Tiny(3))
     procs.SCRIPTS[script].main(procs.flags(script, root, tmp_path, "--iters 8 --eval-every 8"))
     line = procs.log_of(tmp_path)[-1]
     latest = torch.load(tmp_path / "latest.pt", weights_only=True)
@@ -87,9 +86,8 @@ def test_eval_line_and_best_are_of_the_named_networks(script, root, tmp_path, mo
     )
 
 
-def test_best_is_the_best_and_last_the_last(root, tmp_path, monkeypatch, capsys):
+def test_best_is_the_best_and_last_the_last(root, tmp_path, small, monkeypatch, capsys):
     """Guards: the last network saved as the best, the best mIoU told as the last."""
-    monkeypatch.setattr(common, "build_network", procs.tiny_network)
     falling = iter([30.0, 50.0, 50.0, 40.0])  # at steps 3, 6, 9, 11
     monkeypatch.setattr(common, "iou_of", lambda _: (next(falling), [1.0, 2.0, None]))
     at_six = {}
