@@ -416,7 +416,8 @@ def test_first_steps_recomputed(variant: str, tmp_path, monkeypatch):
         assert 0.1 < lines[0]["confident"] < 0.9
     for step, terms in enumerate(mine):
         for name, value in terms.items():
-            tolerance = (2e-5, 0.01)[step]  # an update magnifies rounding
+            # an update magnifies rounding
+            tolerance = (2e-5, 0.05 if args.amp == "bf16" else 0.01)[step]
             assert lines[step][name] == pytest.approx(value, rel=tolerance), (step, name)
     for name, net in nets.items():
         assert_same_update(begin[name], net.state_dict(), latest[name])

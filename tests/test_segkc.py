@@ -201,7 +201,7 @@ def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
     lines, latest, best = run_main(segkc, argv, tmp_path)
     confident = sorted(lines[0][f"confident_{name}"] for name in ("senior", "junior"))
     assert 0.1 < confident[0] < 0.9, "tau decides nothing"
-    for step, tolerance in ((0, 2e-5), (1, 0.01)):
+    for step, tolerance in ((0, 2e-5), (1, 0.05 if args.amp == "bf16" else 0.01)):
         for name, value in mine[step].items():
             assert lines[step][name] == pytest.approx(value, rel=tolerance), (step, name)
     for name, net in nets.items():

@@ -318,7 +318,7 @@ def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
     argv += ["--threshold", str(args.threshold), "--seed", str(args.seed)]
     lines, latest, best = run_main(speed, argv, tmp_path)
     assert 0.1 < lines[0]["confident"] < 0.9
-    for step, tolerance in ((0, 2e-5), (1, 0.01)):
+    for step, tolerance in ((0, 2e-5), (1, 0.05 if args.amp == "bf16" else 0.01)):
         for name, value in mine[step].items():
             assert lines[step][name] == pytest.approx(value, rel=tolerance), (step, name)
     assert_same_update(begin, net.state_dict(), latest["net"])
