@@ -6,12 +6,11 @@ Dimension key: B images, C classes, H and W pixels, h and w cells of a feature m
 
 import argparse
 import contextlib
+import functools
 import hashlib
-import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import signal
@@ -21,8 +20,6 @@ import sys
 import threading
 import time
 import traceback
-import urllib.error
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from tqdm import tqdm
 
@@ -49,8 +47,8 @@ BACKBONES = (*CNNS, *DINOV2)
 # --------------------------------------------------------------------------- CNN backbones
 
 
-class CNN(nn.Sequential):
-    """torchvision's backbone as a row of its own stages: its state-dict keys are torchvision's.
+class CNN(IntermediateLayerGetter):
+    """torchvision's backbone up to its last map; the state-dict keys are torchvision's.
 
     forward: image [B, 3, H, W] to the stride-4 map and the last map (stride 16 or 8).
     """
@@ -60,39 +58,28 @@ class CNN(nn.Sequential):
     def __init__(self, name: str, output_stride: int) -> None:
         net = getattr(models, name)(weights=None)
         if name == "mobilenet_v2":  # without the last 1x1 to 1280 channels, a classifier's input
-            stages = list(net.features[:18].named_children())
-            low, stride_16, stride_32 = "3", range(7, 14), range(14, 18)
-            channels = (24, 320)
-        else:  # without pooling and classifier
-            stages = list(net.named_children())[:-2]
-            low, stride_16, stride_32 = "layer1", ["layer3"], ["layer4"]
-            channels = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
-        super().__init__(OrderedDict(stages))
-        self.low = low
-        self.channels = channels
-        for stride, names in ((16, stride_16), (32, stride_32)):
-            if stride > output_stride:
-                for stage in names:
-                    _dilate(self.get_submodule(str(stage)), stride // output_stride)
+            super().__init__(net.features, {"3": "low", "17": "deep"})
+            self.channels = (24, 320)
+        else:
+            super().__init__(net, {"layer1": "low", "layer4": "deep"})
+            self.channels = (64, 512) if name in ("resnet18", "resnet34") else (256, 2048)
+        # A stage that would pass the output stride keeps the resolution: stride 1, 3x3 kernels
+        # spread by the dilation; the convolution that had the stride by the one before it.
+        stride = 1
+        for stage in self.children():
+            layers = [m for m in stage.modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
+            if any(m.stride in (2, (2, 2)) for m in layers):
+                stride *= 2
+            if stride <= output_stride:
+                continue
+            for conv in layers:
+                dilation = stride // output_stride // (2 if conv.stride == (2, 2) else 1)
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (dilation, dilation)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        for name, stage in self.named_children():
-            x = stage(x)
-            if name == self.low:
-                low = x
-        return [low, x]
-
-
-def _dilate(stage: nn.Module, dilation: int) -> None:
-    """A stage that would halve the resolution keeps it: stride 1, 3x3 kernels spread by `dilation`.
-
-    The convolution that had the stride keeps the spread before it, as in torchvision's ResNets.
-    """
-    for conv in (m for m in stage.modules() if isinstance(m, nn.Conv2d)):
-        spread = dilation // 2 if conv.stride == (2, 2) else dilation
-        conv.stride = (1, 1)
-        if conv.kernel_size == (3, 3):
-            conv.dilation = conv.padding = (spread, spread)
+        return list(super().forward(x).values())
 
 
 # ------------------------------------------------------------------ DINOv2 (Oquab et al., 2023)
@@ -101,36 +88,28 @@ PATCH, TABLE, DEPTH = 14, 37, 12  # pixels, the position table's side, blocks
 TAKEN = (2, 5, 8, 11)  # blocks whose maps are returned
 
 
-class Attention(nn.Module):
+class Block(nn.Module):
+    """x + gamma1 attention(norm x), then x + gamma2 mlp(norm x); x [B, N, width]."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, width = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)  # [B, heads, N, width / heads]
-        return self.proj(x.transpose(1, 2).reshape(b, n, width))
-
-
-class Block(nn.Module):
-    """x + gamma1 attention(norm x), then x + gamma2 mlp(norm x)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
-        mlp = dict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width))
-        self.mlp = nn.Sequential(OrderedDict(mlp))
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width)})
+        self.attn["proj"] = nn.Linear(width, width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width)})
+        self.mlp["fc2"] = nn.Linear(4 * width, width)
         self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)})
         self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1["gamma"] * self.attn(self.norm1(x))
-        return x + self.ls2["gamma"] * self.mlp(self.norm2(x))
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, width / heads] each
+        heads = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.ls1["gamma"] * self.attn["proj"](heads.transpose(1, 2).flatten(2))
+        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))
+        return x + self.ls2["gamma"] * self.mlp["fc2"](hidden)
 
 
 class DINOv2(nn.Module):
@@ -146,7 +125,7 @@ class DINOv2(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TABLE**2, width))
         # in the published file, used by DINOv2's own training alone
         self.mask_token = nn.Parameter(torch.zeros(1, width), requires_grad=False)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, PATCH, PATCH)))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -167,7 +146,7 @@ class DINOv2(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         h = x.shape[-2] // PATCH
         w = x.shape[-1] // PATCH
-        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # [B, h w, width]
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # [B, h w, width]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], 1)
         x = x + self.positions(h, w)
         maps = []
@@ -181,29 +160,21 @@ class DINOv2(nn.Module):
 # ---------------------------------------------------------------------- DPT (Ranftl et al., 2021)
 
 
-class ResidualConvUnit(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(self.conv1(x.relu()).relu())
-
-
 class Fusion(nn.Module):
     """RefineNet-style: adds a refined skip, refines the sum, upsamples it, 1 x 1 convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.skip = ResidualConvUnit(width)
-        self.refine = ResidualConvUnit(width)
+        conv = functools.partial(nn.Conv2d, width, width, 3, padding=1)
+        self.skip = nn.Sequential(nn.ReLU(), conv(), nn.ReLU(), conv())
+        self.refine = nn.Sequential(nn.ReLU(), conv(), nn.ReLU(), conv())
         self.out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
-        x = x if skip is None else x + self.skip(skip)
-        x = F.interpolate(self.refine(x), size, mode="bilinear", align_corners=True)
-        return self.out(x)
+        if skip is not None:
+            x = x + (skip + self.skip(skip))
+        x = x + self.refine(x)
+        return self.out(F.interpolate(x, size, mode="bilinear", align_corners=True))
 
 
 class DPTDecoder(nn.Module):
@@ -333,6 +304,11 @@ def build_network(
 # ------------------------------------------------------------------------------------- weights
 
 
+def first_line(e: BaseException) -> str:
+    """What an exception says, or its name."""
+    return (str(e) or type(e).__name__).splitlines()[0]
+
+
 def load_checkpoint(path: Path, remedy: str = "give a state_dict") -> dict:
     """A dict of tensors and plain values, never code; InputError on anything else."""
     # beside tensors, files hold flags and numbers: these types do nothing when they are read
@@ -345,7 +321,7 @@ def load_checkpoint(path: Path, remedy: str = "give a state_dict") -> dict:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001 - the readers raise all kinds on broken bytes
         kind = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(e))
-        why = f"holds a {kind[1]}" if kind else f"{type(e).__name__}: {e}".splitlines()[0]
+        why = f"holds a {kind[1]}" if kind else f"{type(e).__name__}: {first_line(e)}"
         raise InputError(f"{path}: no loadable checkpoint ({why}); {remedy}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds a {type(found).__name__}; {remedy}")
@@ -353,11 +329,10 @@ def load_checkpoint(path: Path, remedy: str = "give a state_dict") -> dict:
 
 
 def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | None = None) -> str:
-    """Loads imagenet, none, or a file. Returns a line that says what was loaded.
+    """Loads imagenet, none, or a file: the whole network from a best.pt with these `classes`, else
+    the backbone, under whatever wrapping and prefix. Returns a line that says what was loaded.
 
-    The whole network from a best.pt of ours with these `classes`; else the backbone, found in any
-    file that holds it, under whatever wrapping and prefix. InputError when a backbone key is
-    missing or of another shape.
+    InputError when a backbone key is missing or of another shape.
     """
     if weights == "none":
         return f"{name}: random weights"
@@ -366,22 +341,22 @@ def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | N
         try:
             net.load_state_dict(found["net"])
         except (KeyError, RuntimeError) as e:
-            raise InputError(f"{weights}: a broken best.pt ({str(e).splitlines()[0]})") from None
+            raise InputError(f"{weights}: a broken best.pt ({first_line(e)})") from None
         return f"{name}: weights {weights}: the whole network of step {found.get('step')}"
     own = net.backbone.state_dict()
     state = find_backbone(found, own)
     same = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     missing = [k for k in own if k not in same and not k.endswith("num_batches_tracked")]
     others = [k for k in state if k not in own]
-    line = f"{name}: weights {weights}: {len(same)} keys matched"
-    line += f", {len(missing)} missing, {len(others)} unexpected"
+    counts = f"{len(same)} keys matched, {len(missing)} missing, {len(others)} unexpected"
+    line = f"{name}: weights {weights}: {counts}"
     stages = {key.split(".")[0] for key in own}
     # a classifier's have other first names, and none is a bare tensor like a ViT's register_tokens
     wrong = missing + [k for k in others if "." not in k or k.split(".")[0] in stages]
     if wrong:
-        sizes = [tuple(v[wrong[0]].shape) for v in (state, own) if wrong[0] in v]
-        what = f"has shapes {sizes}" if len(sizes) == 2 else f"is only in one of them, {sizes}"
-        raise InputError(f"{line}; {wrong[0]} {what}: another architecture; give a file of {name}")
+        sizes = [tuple(v[wrong[0]].shape) if wrong[0] in v else "absent" for v in (state, own)]
+        what = f"{wrong[0]} is {sizes[0]} in the file, {sizes[1]} in the network"
+        raise InputError(f"{line}; {what}: another architecture; give a file of {name}")
     net.backbone.load_state_dict(same, strict=False)
     return line
 
@@ -389,29 +364,27 @@ def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | N
 def find_backbone(found: dict, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of `found`, or of a dict in it, that match most keys of `own`, prefix removed."""
     first = next(iter(own))
-    parts = []
+    best = {}
     dicts = [found]
     for state in dicts:
-        inner = [value for value in state.values() if isinstance(value, dict)]
-        dicts += [value for value in inner if all(value is not seen for seen in dicts)]
+        dicts += [value for value in state.values() if isinstance(value, dict)]
         named = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        prefixes = {k.removesuffix(first) for k in named if k.endswith(first)} | {""}
-        for prefix in sorted(prefixes):
+        for prefix in ["", *sorted(k.removesuffix(first) for k in named if k.endswith(first))]:
             part = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
-            parts.append(part)
-    return max(parts, key=lambda part: len(part.keys() & own.keys()))
+            best = max(best, part, key=lambda part: len(part.keys() & own.keys()))
+    return best
 
 
 def download_weights(name: str) -> dict:
     """The published file of a backbone; torch.hub keeps it."""
+    if name in DINOV2:
+        url = DINOV2_URL.format(name)
+    else:
+        url = models.get_model_weights(name)["IMAGENET1K_V1"].url
     try:
-        if name in DINOV2:
-            url = DINOV2_URL.format(name)
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        return models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=False)
-    except (urllib.error.URLError, OSError, RuntimeError) as e:
-        what = f"--weights imagenet: {name} cannot be fetched ({e})"
-        raise InputError(f"{what}; give a FILE or none") from None
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as e:
+        raise InputError(f"--weights imagenet: no {url} ({e}); give a FILE or none") from None
 
 
 # --------------------------------------------------------------------------- ranks and losses
@@ -428,13 +401,13 @@ def pick_device(local: int) -> torch.device:
     """The GPU of local rank `local`, or the CPU where there is none; RunError for a missing GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local >= torch.cuda.device_count():
-        what = f"LOCAL_RANK {local}: no such GPU, this process sees {torch.cuda.device_count()}"
-        raise RunError(f"{what}; lower --nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks")
-    device = torch.device("cuda", local)
-    torch.cuda.set_device(device)
+    seen = torch.cuda.device_count()
+    if local >= seen:
+        remedy = "lower --nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks"
+        raise RunError(f"LOCAL_RANK {local}: no such GPU, this process sees {seen}; {remedy}")
+    torch.cuda.set_device(local)
     torch.backends.cudnn.benchmark = True
-    return device
+    return torch.device("cuda", local)
 
 
 def rank_sum(t: Tensor) -> Tensor:
@@ -461,11 +434,10 @@ def average_buffers(nets: Iterable[nn.Module]) -> None:
     Without it ranks would evaluate, and predict pseudo-labels, with different networks.
     """
     buffers = [b for net in nets for b in net.buffers() if b.is_floating_point()]
-    if not buffers:  # DINOv2 with DPT
-        return
-    flat = rank_mean(torch.cat([b.flatten() for b in buffers]))
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    if buffers:  # DINOv2 with DPT has none
+        flat = rank_mean(torch.cat([b.flatten() for b in buffers]))
+        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -473,14 +445,11 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
     Corners are aligned as in `upsample`: cell i of h reads pixel round(i (H - 1) / (h - 1)).
     """
-    row = _nearest_pixels(mask.shape[1], size[0], mask.device)
-    column = _nearest_pixels(mask.shape[2], size[1], mask.device)
-    return mask[:, row][:, :, column]
-
-
-def _nearest_pixels(pixels: int, cells: int, device: torch.device) -> Tensor:
-    gaps = max(1, cells - 1)
-    return (torch.arange(cells, device=device) * 2 * (pixels - 1) + gaps) // (2 * gaps)
+    for dim, cells in ((1, size[0]), (2, size[1])):
+        gaps = max(1, cells - 1)
+        twice = torch.arange(cells, device=mask.device) * 2 * (mask.shape[dim] - 1)
+        mask = mask.index_select(dim, (twice + gaps) // (2 * gaps))
+    return mask
 
 
 def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
@@ -527,15 +496,13 @@ def predict(net: Segmenter, image: Tensor, settings: argparse.Namespace) -> Tens
         height, width = image.shape[-2:]
         crop = settings.crop_size
         image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
-        tops = _window_starts(image.shape[-2], crop)
-        lefts = _window_starts(image.shape[-1], crop)
         total = image.new_zeros(len(image), net.config["num_classes"], *image.shape[-2:])
         count = image.new_zeros(image.shape[-2:])
-        for top, left in itertools.product(tops, lefts):
-            rows = slice(top, top + crop)
-            columns = slice(left, left + crop)
-            total[:, :, rows, columns] += net(image[:, :, rows, columns]).softmax(1)
-            count[rows, columns] += 1
+        for top in _window_starts(image.shape[-2], crop):
+            for left in _window_starts(image.shape[-1], crop):
+                place = (..., slice(top, top + crop), slice(left, left + crop))
+                total[place] += net(image[place]).softmax(1)
+                count[place] += 1
         return (total / count)[:, :, :height, :width]
 
 
@@ -622,16 +589,12 @@ def load_best(
         settings = argparse.Namespace(**saved["eval"])
         classes = list(saved["classes"])
     except (InputError, AttributeError, KeyError, RuntimeError, TypeError) as e:
-        why = str(e).splitlines()[0]
-        raise InputError(f"{path}: no best.pt of ours ({why}); give one") from None
+        raise InputError(f"{path}: no best.pt of ours ({first_line(e)}); give one") from None
     return net.place(torch.device(device)).eval(), classes, settings
 
 
 def test(args: argparse.Namespace, device: torch.device) -> None:
-    """--test-only: evaluates a best.pt on the val images, or predicts --predict; on rank 0.
-
-    An unreadable picture of --predict is named, and the exit status then is 1.
-    """
+    """--test-only: on rank 0, evaluates a best.pt on the val images, or predicts --predict."""
     net, classes, _ = load_best(args.test_only, device)
     if net.config["backbone"] in DINOV2 and args.crop_size % PATCH:
         what = f"{args.test_only} holds a DINOv2; give a multiple of {PATCH}"
@@ -639,44 +602,32 @@ def test(args: argparse.Namespace, device: torch.device) -> None:
     if rank_world()[0] > 0:
         return
     if args.predict:
-        items = list_pictures(args)
-    else:
-        source = data.load_source(args.dataset, args.root)
-        items = source.val
-        if source.classes != classes:
-            what = f"its {len(classes)} classes are not the {len(source.classes)} of {source.name}"
-            raise InputError(f"{args.test_only}: {what}; evaluate it on its own data set")
+        predict_pictures(net, args)
+    source = data.load_source(args.dataset, args.root)
+    if source.classes != classes:
+        what = f"its {len(classes)} classes are not the {len(source.classes)} of {source.name}"
+        raise InputError(f"{args.test_only}: {what}; evaluate it on its own data set")
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    unreadable = 0
-    for item in tqdm(items, unit="image", disable=None):
-        try:
-            image = data.read_image(item)
-        except InputError as e:
-            if not args.predict:
-                raise
-            print(f"error: {e}", file=sys.stderr)
-            unreadable += 1
-            continue
+    for item in tqdm(source.val, unit="image", disable=None):
+        image = data.read_image(item)
         label = predict_image(net, image, args)
         if args.save_predictions:
             save_prediction(image, label, args.save_predictions, item.id)
-        if not args.predict:
-            truth = np.array(data.read_mask(item, image.size, len(classes)), np.int64)
-            truth = torch.from_numpy(truth)
-            confusion += confusion_matrix(torch.from_numpy(label), truth, len(classes))
-    if args.predict:
-        print(f"{args.save_predictions}: {len(items) - unreadable} predicted")
-        raise SystemExit(int(unreadable > 0))
+        truth = np.array(data.read_mask(item, image.size, len(classes)), np.int64)
+        confusion += confusion_matrix(torch.tensor(label), torch.tensor(truth), len(classes))
     miou, values = iou_of(confusion)
     iou = dict(zip(classes, values, strict=True))
     for name, value in iou.items():
         print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
     how = f"{net.config['backbone']}, {args.eval_mode}, amp {args.amp}"
-    print(f"mIoU {miou:.2f}{absent_note(iou)} on {len(items)} images · {how} · {args.test_only}")
+    print(f"mIoU {miou:.2f}{absent_note(iou)} on {len(source.val)} images · {how}")
 
 
-def list_pictures(args: argparse.Namespace) -> list[data.Item]:
-    """The pictures of --predict, a file or a folder; InputError where output would overwrite."""
+def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
+    """--predict, a file or a folder. Exit status 1 if a picture was unreadable, which is named.
+
+    InputError where output would overwrite a picture or output.
+    """
     pictures = [args.predict]
     if args.predict.is_dir():
         pictures = sorted(p for p in args.predict.iterdir() if p.is_file() and p.name[0] != ".")
@@ -685,20 +636,29 @@ def list_pictures(args: argparse.Namespace) -> list[data.Item]:
     folder = args.save_predictions
     if folder.resolve() == pictures[0].parent.resolve():
         raise InputError(f"--save-predictions {folder}: holds the pictures; give another folder")
-    names = [f"{path.stem}{end}" for path in pictures for end in ("", "_overlay")]
-    clashes = [name for name in names if names.count(name) > 1]
-    if clashes:
-        what = f"two pictures would both be {clashes[0]}.png"
-        raise InputError(f"{args.predict}: {what}; rename one")
-    return [data.Item(path.stem, path, None) for path in pictures]
+    names = [f"{path.stem}{end}.png" for path in pictures for end in ("", "_overlay")]
+    clash = next((name for name in names if names.count(name) > 1), None)
+    if clash:
+        raise InputError(f"{args.predict}: two pictures would both be {clash}; rename one")
+    unreadable = 0
+    for path in tqdm(pictures, unit="image", disable=None):
+        try:
+            image = data.open_picture(path)
+        except InputError as e:
+            print(f"error: {e}", file=sys.stderr)
+            unreadable += 1
+            continue
+        save_prediction(image, predict_image(net, image, args), folder, path.stem)
+    print(f"{folder}: {len(pictures) - unreadable} predicted")
+    raise SystemExit(int(unreadable > 0))
 
 
 def save_prediction(image: Image.Image, label: np.ndarray, folder: Path, name: str) -> None:
     """<name>.png holds class ids [H, W], <name>_overlay.png the RGB image under their colours."""
+    colors = Image.fromarray(data.palette()[label])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(label).save(folder / f"{name}.png")
-        colors = Image.fromarray(data.palette()[label])
         Image.blend(image, colors, 0.5).save(folder / f"{name}_overlay.png")
     except OSError as e:
         raise RunError(f"{folder}: cannot be written ({e.strerror}); free space") from None
@@ -729,12 +689,9 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     g = p.add_argument_group("network")
     g.add_argument("--backbone", choices=BACKBONES, help="encoder")
     g.add_argument("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
-    g.add_argument(
-        "--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: for DINOv2"
-    )
-    g.add_argument(
-        "--output-stride", type=int, choices=(8, 16), default=16, help="CNN stride, pixels"
-    )
+    decoders = ("deeplab", "dpt")
+    g.add_argument("--decoder", choices=decoders, default="deeplab", help="dpt: for DINOv2")
+    g.add_argument("--output-stride", type=int, choices=(8, 16), default=16, help="CNN: pixels")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=STEPS, help="passes over the unlabelled images")
     g.add_argument("--iters", type=STEPS, help="steps; overrides --epochs")
@@ -742,9 +699,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     g.add_argument("--lr", type=POSITIVE, help="of the backbone at step 0; falls as (1 - t/T)^0.9")
     g.add_argument("--head-lr-mult", type=POSITIVE, help="the rest's learning rate over --lr")
     g.add_argument("--weight-decay", type=WEIGHT, help="L2 (sgd) or decoupled (adamw)")
-    g.add_argument(
-        "--sup-loss", choices=("ce", "ohem"), default="ce", help="ohem: hard pixels only"
-    )
+    g.add_argument("--sup-loss", choices=("ce", "ohem"), default="ce", help="ohem: hard pixels")
     g.add_argument("--ohem-share", type=SHARE, default=0.156, help="least share of pixels for OHEM")
     g.add_argument("--threshold", type=SHARE, help="tau: pseudo-label confidence threshold, 0 to 1")
     g.add_argument("--ramp", type=SHARE, help="share of the run in which unlabelled terms rise")
@@ -760,9 +715,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     g.add_argument("--overwrite", action="store_true", help="start anew over what --out holds")
     g.add_argument("--resume-edited", action="store_true", help="resume despite edited code")
     g.add_argument("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
-    g.add_argument(
-        "--predict", type=Path, metavar="PICTURES", help="file or folder, with --test-only"
-    )
+    g.add_argument("--predict", type=Path, metavar="PICTURES", help="file or folder to label")
     g.add_argument("--save-predictions", type=Path, metavar="DIR", help="PNGs, with --test-only")
     return p
 
@@ -793,10 +746,9 @@ def parse(
         raise InputError("--save-predictions: goes with --test-only CKPT")
     if args.predict and not args.save_predictions:
         raise InputError("--predict: goes with --test-only CKPT --save-predictions DIR")
-    patch = PATCH if vit else 1
-    if args.crop_size < 32 or args.crop_size % patch:
-        needs = f"give at least 32 pixels, for DINOv2 a multiple of {PATCH}"
-        raise InputError(f"--crop-size {args.crop_size}: {needs}")
+    if args.crop_size < 32 or vit and args.crop_size % PATCH:
+        remedy = f"give at least 32 pixels, for DINOv2 a multiple of {PATCH}"
+        raise InputError(f"--crop-size {args.crop_size}: {remedy}")
     if dataset == "shapes" and not name:
         fetch = f"python data.py --dataset pascal --root {args.root} --download"
         say(f"NOTE: no PASCAL VOC 2012 under {args.root}: this run uses the built-in shapes")
@@ -807,9 +759,8 @@ def parse(
 def settle(args: argparse.Namespace, split: data.Split, world: int, device: torch.device) -> None:
     """Fills the flags left open and refuses what cannot work; InputError names the flag."""
     if args.batch_size % (2 * world):
-        why = f"on {world} ranks: each needs an even share, as CutMix pairs neighbours"
-        what = f"--batch-size {args.batch_size} {why}"
-        raise InputError(f"{what}; give a multiple of {2 * world}")
+        why = f"on {world} ranks: CutMix pairs images; give a multiple of {2 * world}"
+        raise InputError(f"--batch-size {args.batch_size} {why}")
     if args.scale[0] > args.scale[1]:
         raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first")
     if len(split.unlabeled) < 2 and not args.labeled_only:
@@ -820,22 +771,19 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
     args.eval_every = args.eval_every or epoch
     args.save_every = args.save_every or args.eval_every
     if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        args.workers = 0 if args.dataset == "shapes" else min(4, cores)
+        args.workers = 0 if args.dataset == "shapes" else min(4, os.cpu_count())
     if args.amp is None:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
         args.amp = "bf16" if bf16 else "off"
     if args.out is None:
-        name = args.split.replace("/", "-")
-        if os.path.isdir(args.split):
-            name = Path(args.split).resolve().name
+        # a folder of lists by its name, a data folder by its own
+        name = Path(args.split).resolve().name if os.path.isdir(args.split) else args.split
         method = args.method + ("-labeled" if args.labeled_only else "")
         where = "folder-" + args.root.resolve().name if args.dataset == "folder" else args.dataset
-        args.out = Path(f"runs/{method}-{where}-{name}-s{args.seed}")
+        args.out = Path("runs") / f"{method}-{where}-{name.replace('/', '-')}-s{args.seed}"
     data.check_shared_memory(args, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), split)
     data.look_at_masks(split)
-    if args.compile:
-        # a part in training, in eval and at each size share one cache, of 8 by default
+    if args.compile:  # a part in training, in eval and at each size share one cache, of 8
         torch._dynamo.config.cache_size_limit = 64
 
 
@@ -874,13 +822,13 @@ def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]
         return 0
     saved = load_checkpoint(latest, again)
     was = saved.get("flags")
-    now = flags_of(args, split)
     if not isinstance(was, dict):
         raise InputError(f"{latest}: no latest.pt of ours; {again}")
-    differ = [f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]
-    edited = [text for text in differ if text.startswith("sources ")]
-    if differ != edited:
-        what = "; ".join(text for text in differ if text not in edited)
+    now = flags_of(args, split)
+    differ = {k: f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]}
+    edited = differ.pop("sources", None)
+    if differ:
+        what = "; ".join(differ.values())
         raise InputError(f"{args.out}: holds a run with other flags ({what}); {again}")
     if edited and not args.resume_edited:
         what = f"{args.method}.py, common.py or data.py was edited since this run began"
@@ -892,8 +840,7 @@ def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # noqa: BLE001 - any, on values that only look like a checkpoint
-        why = str(e).splitlines()[0][:120]
-        raise InputError(f"{latest}: not of this script ({why}); {again}") from None
+        raise InputError(f"{latest}: not of this script ({first_line(e)}); {again}") from None
     finished = "finished before, no step is left; --overwrite starts anew"
     say(f"{latest}: {finished if start == args.iters else f'going on from step {start}'}")
     return start
@@ -907,41 +854,41 @@ class Log:
         self.args = args
         self.path = args.out / "log.jsonl"
         self.rows: list[Tensor] = []  # terms that no line holds yet, [terms] each, on the device
-        lines = []
+        kept = []
         if start > 0 and self.path.exists():
-            for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for text in self.path.read_text("utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):  # a torn last line
-                    lines.append(json.loads(text))
-        lines = [line for line in lines if line["step"] <= start]
-        self.evals = {line["step"]: line for line in lines if line["kind"] == "eval"}
+                    kept.append(json.loads(text))
+        kept = [line for line in kept if line["step"] <= start]
+        self.evals = {line["step"]: line for line in kept if line["kind"] == "eval"}
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 now writes over
-        try:
-            if rank_world()[0] == 0:
-                self._open(lines, start)
-        except OSError as e:
-            what = f"{args.out}: cannot be written ({e.strerror})"
-            raise RunError(f"{what}; give another --out") from None
+        if rank_world()[0] == 0:
+            try:
+                self.begin(start, kept)
+            except OSError as e:
+                what = f"cannot be written ({e.strerror})"
+                raise RunError(f"{args.out}: {what}; give another --out") from None
         self.since = start
         self.clock = time.perf_counter()
         _process.training = True
 
-    def _open(self, lines: list[dict], start: int) -> None:
+    def begin(self, start: int, kept: list[dict]) -> None:
+        """Writes args.json and the kept lines; leaves log.jsonl open."""
         out = self.args.out
         out.mkdir(parents=True, exist_ok=True)
         if start == 0:  # latest.pt first: nothing then goes on from it without its log
             (out / "latest.pt").unlink(missing_ok=True)
             (out / "best.pt").unlink(missing_ok=True)
-        about = vars(self.args) | dict(command=shlex.join(sys.argv), torch=torch.__version__)
-        about["python"] = platform.python_version()
+        about = vars(self.args) | {"command": shlex.join(sys.argv), "python": sys.version}
+        about["torch"] = torch.__version__
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         with contextlib.suppress(OSError):
             about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        text = json.dumps(about, default=str, indent=1)
-        (out / "args.json").write_text(text + "\n", encoding="utf-8")
-        kept = out / "log.jsonl.tmp"
-        kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(kept, self.path)
+        (out / "args.json").write_text(json.dumps(about, default=str, indent=1) + "\n", "utf-8")
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        os.replace(temporary, self.path)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def owes_evaluation(self, start: int) -> bool:
@@ -963,8 +910,8 @@ class Log:
         bad = (~rows.isfinite()).nonzero().tolist()
         if bad:  # the first column is the total: name the term that spoils it, if there is one
             row, term = next((b for b in bad if b[0] == bad[0][0] and b[1] > 0), bad[0])
-            what = f"{self.names[term]} is {rows[row, term]:.0f}"
-            self.not_finite(done - len(rows) + row + 1, what)
+            step = done - len(rows) + row + 1
+            self.not_finite(step, f"{self.names[term]} is {rows[row, term]:.0f}")
 
     def not_finite(self, step: int, what: str) -> None:
         """Ends the run."""
@@ -979,14 +926,14 @@ class Log:
         if scaler.is_enabled() and scaler.get_scale() < 1:
             self.not_finite(done, "gradients are not finite, fp16 has left out their steps")
         terms = dict(zip(self.names, torch.stack(self.rows).mean(0).tolist(), strict=True))
-        self.rows = []
         terms["lr"] = optimizer.param_groups[0]["lr"]
         line = {"step": done} | {name: float(f"{v:.6g}") for name, v in terms.items()}
         now = time.perf_counter()
         images = self.args.batch_size * (1 if self.args.labeled_only else 2)
-        line["images_s"] = round((done - self.since) * images / max(now - self.clock, 1e-9), 2)
+        line["images_s"] = round((done - self.since) * images / (now - self.clock), 2)
         if torch.cuda.is_available():
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        self.rows = []
         self.clock = now
         self.since = done
         self.write("train", line)
@@ -1008,8 +955,8 @@ class Log:
         if dist.is_initialized():
             dist.barrier()  # rank 0 may still be writing
         if stopped:
-            command = "the same command" + (" without --overwrite" if self.args.overwrite else "")
-            say(f"signal {stopped}: saved; {command} goes on from there")
+            again = "the same command (without --overwrite)"
+            say(f"signal {stopped}: saved; {again} goes on from there")
             raise SystemExit(128 + stopped)
         last = self.evals[max(self.evals)]
         best = max(self.evals.values(), key=lambda line: line["miou"])
@@ -1073,8 +1020,8 @@ def save_file(state: dict, path: Path) -> None:
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        what = f"cannot be saved ({str(e).splitlines()[0]})"
-        raise RunError(f"{path}: {what}; free space: what was saved before is intact") from None
+        why = f"cannot be saved ({first_line(e)}); free space: what was saved before is intact"
+        raise RunError(f"{path}: {why}") from None
 
 
 # ---------------------------------------------------------------------------- signals and exit
@@ -1091,6 +1038,7 @@ def catch_signals() -> None:
     """
     woken, alarm = socket.socketpair()
     alarm.setblocking(False)
+    signal.set_wakeup_fd(alarm.detach(), warn_on_full_buffer=False)
 
     def wait() -> None:
         while True:
@@ -1099,14 +1047,12 @@ def catch_signals() -> None:
                 continue
             if _process.signal or _process.evaluating:
                 print(f"signal {number}: ended at once; the last checkpoint stays", flush=True)
-                alarm.close()
                 os._exit(128 + number)
             _process.signal = number
 
+    threading.Thread(target=wait, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
-    signal.set_wakeup_fd(alarm.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def stop_signal(due: bool) -> int:
@@ -1126,26 +1072,26 @@ def launch(main: Callable[[], None]) -> None:
     Exits at once: other ranks may wait in a collective for this one, workers for its data.
     """
     status = 1
-    rank, world = rank_world()
     line = ""
+    rank, world = rank_world()
     try:
         main()
         status = 0
     except InputError as e:
+        if rank > 0 and not _process.training:  # so far all ranks see the same, and torchrun ends
+            time.sleep(5)  # them at the first exit: the line is rank 0's
+        else:
+            line = str(e)
         status = 2
-        line = str(e)
-        if rank > 0 and not _process.training:  # before that all ranks see the same
-            line = ""
-            time.sleep(5)  # torchrun ends all ranks at the first exit: rank 0's line comes first
     except RunError as e:
         line = str(e)
     except SystemExit as e:
-        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+        status = int(e.code or 0)
     except KeyboardInterrupt:  # later ones are caught, see `catch_signals`
         status = 128 + signal.SIGINT
         line = "interrupted before the first step"
     except BaseException as e:
-        told = str(e).splitlines()[0] if str(e) else type(e).__name__
+        told = first_line(e)
         if isinstance(e, MemoryError) or "out of memory" in told or "can't allocate" in told:
             remedy = "give a smaller --batch-size or --crop-size, in evaluation --eval-mode slide"
             line = f"{told}; {remedy}"

@@ -335,7 +335,10 @@ def test_sigterm_to_torchrun_saves_one_step(root, tmp_path):
     assert 4 <= step < 3000
     assert step % 2 == 0  # where a log line is due
     assert len(procs.log_of(out)) == step / 2
-    assert text.count("signal 15: saved; the same command goes on from there") == 1
+    assert (
+        text.count("signal 15: saved; the same command (without --overwrite) goes on from there")
+        == 1
+    )
     ours = [line for line in text.splitlines() if "/speed.py" in line or "/common.py" in line]
     assert not ours  # no traceback of ours
 
