@@ -1,7 +1,7 @@
 """What the methods share and no paper is about: networks, weights, ranks, evaluation, run folder.
 
-State-dict keys and shapes of a backbone are those of its published file (torchvision's, DINOv2's).
-Dimension key: B images, C classes, H and W pixels, h and w cells of a feature map.
+Dimension key: B images, C classes, H and W pixels, h and w cells of a feature map. A backbone's
+state-dict keys are those of its published file (torchvision's, DINOv2's).
 """
 
 import argparse
@@ -20,9 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.ops import Conv2dNormActivation
 from tqdm import tqdm
 
 import data
@@ -43,15 +43,14 @@ DINOV2 = {"dinov2_vits14": (384, 6), "dinov2_vitb14": (768, 12)}  # width, atten
 DPT_WIDTHS = {384: ((48, 96, 192, 384), 64), 768: ((96, 192, 384, 768), 128)}  # maps, features
 DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}_pretrain.pth"
 BACKBONES = (*CNNS, *DINOV2)
+PATCH, TABLE, DEPTH = 14, 37, 12  # of DINOv2: pixels, the position table's side, blocks
+TAKEN = (2, 5, 8, 11)  # blocks whose maps are returned
 
-# --------------------------------------------------------------------------- CNN backbones
+# ---------------------------------------------------------------------------------- networks
 
 
 class CNN(IntermediateLayerGetter):
-    """torchvision's backbone up to its last map; the state-dict keys are torchvision's.
-
-    forward: image [B, 3, H, W] to the stride-4 map and the last map (stride 16 or 8).
-    """
+    """torchvision's: image [B, 3, H, W] to the stride-4 map and the last map (stride 16 or 8)."""
 
     grid = 16  # evaluation pads images to the crop modulo this
 
@@ -82,14 +81,8 @@ class CNN(IntermediateLayerGetter):
         return list(super().forward(x).values())
 
 
-# ------------------------------------------------------------------ DINOv2 (Oquab et al., 2023)
-
-PATCH, TABLE, DEPTH = 14, 37, 12  # pixels, the position table's side, blocks
-TAKEN = (2, 5, 8, 11)  # blocks whose maps are returned
-
-
 class Block(nn.Module):
-    """x + gamma1 attention(norm x), then x + gamma2 mlp(norm x); x [B, N, width]."""
+    """DINOv2's: x + gamma1 attention(norm x), then x + gamma2 mlp(norm x); x [B, N, width]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -113,7 +106,7 @@ class Block(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """Image [B, 3, H, W], H and W multiples of 14, to four maps [B, width, H/14, W/14]."""
+    """Oquab et al., 2023: image [B, 3, H, W], of whole patches, to four [B, width, H/14, W/14]."""
 
     grid = PATCH
 
@@ -123,8 +116,7 @@ class DINOv2(nn.Module):
         self.channels = (width,) * len(TAKEN)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TABLE**2, width))
-        # in the published file, used by DINOv2's own training alone
-        self.mask_token = nn.Parameter(torch.zeros(1, width), requires_grad=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, width), False)  # of DINOv2's own training
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(DEPTH))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -157,11 +149,8 @@ class DINOv2(nn.Module):
         return maps
 
 
-# ---------------------------------------------------------------------- DPT (Ranftl et al., 2021)
-
-
 class Fusion(nn.Module):
-    """RefineNet-style: adds a refined skip, refines the sum, upsamples it, 1 x 1 convolution."""
+    """DPT's: adds a refined skip, refines the sum, upsamples it, 1 x 1 convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -178,7 +167,7 @@ class Fusion(nn.Module):
 
 
 class DPTDecoder(nn.Module):
-    """Four maps [B, width, h, w] to the classifier's input [B, features, 8h, 8w]."""
+    """Ranftl et al., 2021: four [B, width, h, w] to the classifier's input [B, features, 8h, 8w]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -205,33 +194,24 @@ class DPTDecoder(nn.Module):
         return self.head(self.fuse[0](x, skips[0], (2 * height, 2 * width)))
 
 
-# -------------------------------------------------------------------------- segmentation networks
-
-
-def conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """A convolution without bias that keeps the size, batch norm, ReLU."""
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
 def upsample(z: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear with aligned corners, as the baselines: [B, C, h, w] to [B, C, *size] in float32."""
     return F.interpolate(z.float(), size, mode="bilinear", align_corners=True)
 
 
 class DeepLabDecoder(nn.Module):
-    """DeepLabV3+ (Chen et al., 2018): ASPP, 48 low-level channels, two 3x3 convolutions.
+    """DeepLabV3+ (Chen et al., 2018): maps to the classifier's input [B, 256, h, w] at stride 4.
 
-    Maps to the classifier's input [B, 256, h, w] at stride 4, on DINOv2's patches 14. ASPP is
-    torchvision's without its dropout: a forward has no randomness of its own.
+    ASPP is torchvision's without its dropout: a forward has no randomness of its own.
     """
 
     def __init__(self, low: int, deep: int, dilation: int) -> None:
         super().__init__()
         self.aspp = ASPP(deep, [rate * dilation for rate in (6, 12, 18)], 256)
         self.aspp.project = self.aspp.project[:3]
-        self.reduce = conv_bn_relu(low, 48, 1)
-        self.fuse = nn.Sequential(conv_bn_relu(256 + 48, 256, 3), conv_bn_relu(256, 256, 3))
+        self.reduce = Conv2dNormActivation(low, 48, 1)
+        fuse_1 = Conv2dNormActivation(256 + 48, 256, 3)
+        self.fuse = nn.Sequential(fuse_1, Conv2dNormActivation(256, 256, 3))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         low = self.reduce(maps[0])
@@ -240,10 +220,7 @@ class DeepLabDecoder(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A backbone, a decoder and a 1x1 classifier; what is not the backbone is the head.
-
-    `config` is what `build_network` needs to build it again.
-    """
+    """A backbone, a decoder and a 1x1 classifier; `build_network(**config)` builds it again."""
 
     def __init__(self, backbone: str, num_classes: int, output_stride: int, decoder: str) -> None:
         super().__init__()
@@ -256,17 +233,16 @@ class Segmenter(nn.Module):
         deep = self.backbone.channels[-1]
         if decoder == "dpt":
             self.decoder = DPTDecoder(deep)
+            width = DPT_WIDTHS[deep][1]
         else:
             self.decoder = DeepLabDecoder(low, deep, 1 if vit else 16 // output_stride)
-        width = DPT_WIDTHS[deep][1] if decoder == "dpt" else 256
+            width = 256
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def place(self, device: torch.device) -> "Segmenter":
-        """Moves the network to a device, in the memory layout that trains faster there.
-
-        That is channels_last, but not for full convolutions on a CPU: there the gradient of a
-        weight is made in the plain layout, and copying 10 to 60 million of them back costs more.
-        """
+        """Moves the network to a device, in the memory layout that trains faster there."""
+        # channels_last is slower for full convolutions on a CPU, which makes their weights'
+        # gradients in the plain layout and copies them
         depthwise = any(m.groups > 1 for m in self.modules() if isinstance(m, nn.Conv2d))
         if device.type == "cuda" or depthwise:
             self.layout = torch.channels_last
@@ -285,13 +261,13 @@ class Segmenter(nn.Module):
         return (z, f, deep) if features else z
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Every trained parameter that is not the backbone's."""
+        """The trained parameters of decoder and classifier."""
         heads = [*self.decoder.parameters(), *self.classifier.parameters()]
         return [p for p in heads if p.requires_grad]
 
 
 def build_network(
-    backbone: str, num_classes: int, output_stride: int = 16, decoder: str = "deeplab"
+    backbone: str, num_classes: int, output_stride=16, decoder="deeplab"
 ) -> Segmenter:
     """The network of --backbone, --output-stride and --decoder, or of a best.pt's `config`."""
     if backbone not in BACKBONES:
@@ -329,10 +305,10 @@ def load_checkpoint(path: Path, remedy: str = "give a state_dict") -> dict:
 
 
 def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | None = None) -> str:
-    """Loads imagenet, none, or a file: the whole network from a best.pt with these `classes`, else
-    the backbone, under whatever wrapping and prefix. Returns a line that says what was loaded.
+    """Loads imagenet, none, or a file; returns a line that says what was loaded.
 
-    InputError when a backbone key is missing or of another shape.
+    The whole network from a best.pt with these `classes`, else the backbone from any file that
+    holds it. InputError for another architecture's.
     """
     if weights == "none":
         return f"{name}: random weights"
@@ -377,9 +353,8 @@ def find_backbone(found: dict, own: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def download_weights(name: str) -> dict:
     """The published file of a backbone; torch.hub keeps it."""
-    if name in DINOV2:
-        url = DINOV2_URL.format(name)
-    else:
+    url = DINOV2_URL.format(name)
+    if name in CNNS:
         url = models.get_model_weights(name)["IMAGENET1K_V1"].url
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
@@ -412,9 +387,8 @@ def pick_device(local: int) -> torch.device:
 
 def rank_sum(t: Tensor) -> Tensor:
     """Sum of a tensor over ranks, no gradient."""
-    t = t.detach()
+    t = t.detach().clone()
     if dist.is_initialized():
-        t = t.clone()
         dist.all_reduce(t)
     return t
 
@@ -429,10 +403,7 @@ def rank_mean(t: Tensor) -> Tensor:
 
 
 def average_buffers(nets: Iterable[nn.Module]) -> None:
-    """Batch norm statistics become their mean over ranks, for CPU, which has no SyncBN.
-
-    Without it ranks would evaluate, and predict pseudo-labels, with different networks.
-    """
+    """Batch norm statistics become their mean over ranks, for CPU, which has no SyncBN."""
     buffers = [b for net in nets for b in net.buffers() if b.is_floating_point()]
     if buffers:  # DINOv2 with DPT has none
         flat = rank_mean(torch.cat([b.flatten() for b in buffers]))
@@ -441,10 +412,7 @@ def average_buffers(nets: Iterable[nn.Module]) -> None:
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask or label [B, H, W] at the pixels nearest to the cells of a map: [B, *size].
-
-    Corners are aligned as in `upsample`: cell i of h reads pixel round(i (H - 1) / (h - 1)).
-    """
+    """[B, H, W] to [B, h, w] = [B, *size]: cell i reads pixel round(i (H - 1) / (h - 1))."""
     for dim, cells in ((1, size[0]), (2, size[1])):
         gaps = max(1, cells - 1)
         twice = torch.arange(cells, device=mask.device) * 2 * (mask.shape[dim] - 1)
@@ -457,9 +425,7 @@ def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
     return (a * keep).sum() / rank_mean(valid.sum()).clamp_min(1)
 
 
-def supervised_loss(
-    z: Tensor, y: Tensor, kind: str, share: float = 0.156, thresh: float = 0.7
-) -> Tensor:
+def supervised_loss(z: Tensor, y: Tensor, kind: str, share=0.156, thresh=0.7) -> Tensor:
     """CE over the labelled pixels of the global batch; z [B, C, H, W], y [B, H, W], 255 ignored.
 
     kind "ohem" keeps the pixels whose true class has a probability of at most `thresh`, or the
@@ -471,7 +437,7 @@ def supervised_loss(
         p = torch.where(keep, torch.exp(-ce.detach()), 1.0)
         everyone = [p]
         if dist.is_initialized():
-            everyone = [torch.empty_like(p) for _ in range(dist.get_world_size())]
+            everyone = [torch.empty_like(p) for _ in range(rank_world()[1])]
             dist.all_gather(everyone, p)
         everyone = torch.cat(everyone).flatten()
         kth = everyone.kthvalue(max(1, round(share * len(everyone)))).values
@@ -535,20 +501,16 @@ def absent_note(iou: dict[str, float | None]) -> str:
 
 
 @torch.no_grad()
-def evaluate(
-    nets: dict[str, Segmenter], split: data.Split, args: argparse.Namespace, device: torch.device
-) -> dict[str, Tensor]:
+@torch.backends.cudnn.flags(enabled=True, benchmark=False)  # it would tune anew for each size
+def evaluate(nets: dict[str, Segmenter], split: data.Split, args, device) -> dict[str, Tensor]:
     """Confusion matrices [C, C] of networks over the val images, each once over all ranks.
 
     Batches do not depend on the number of ranks, so neither does rounding. Images are padded to
-    each network's own grid, to a size congruent to the crop: with aligned corners, cells then lie
-    as far apart as in training. Networks are left in train mode.
+    each network's own grid, see `data.ValBatches`. Networks are left in train mode.
     """
     rank, world = rank_world()
     classes = len(split.classes)
     total = {n: torch.zeros(classes, classes, dtype=torch.int64, device=device) for n in nets}
-    tuning = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False  # it would tune anew for each size
     for grid in {net.backbone.grid for net in nets.values()}:
         alike = {name: net.eval() for name, net in nets.items() if net.backbone.grid == grid}
         batches = data.ValBatches(split.val, classes, grid, args.crop_size)
@@ -558,7 +520,6 @@ def evaluate(
                 total[name] += confusion_matrix(prediction, batch["label"], classes)
     for net in nets.values():
         net.train()
-    torch.backends.cudnn.benchmark = tuning
     return {name: rank_sum(t) for name, t in total.items()}
 
 
@@ -575,9 +536,7 @@ def predict_image(net: Segmenter, image: Image.Image, settings: argparse.Namespa
     return label.byte().cpu().numpy()
 
 
-def load_best(
-    path: str | Path, device: str | torch.device = "cpu"
-) -> tuple[Segmenter, list[str], argparse.Namespace]:
+def load_best(path: str | Path, device="cpu") -> tuple[Segmenter, list[str], argparse.Namespace]:
     """The network of a best.pt in eval mode, its class names, and the settings of its evaluation.
 
     InputError for any other file.
@@ -594,40 +553,33 @@ def load_best(
 
 
 def test(args: argparse.Namespace, device: torch.device) -> None:
-    """--test-only: on rank 0, evaluates a best.pt on the val images, or predicts --predict."""
+    """--test-only: evaluates a best.pt on the val images, or predicts the pictures of --predict."""
     net, classes, _ = load_best(args.test_only, device)
     if net.config["backbone"] in DINOV2 and args.crop_size % PATCH:
         what = f"{args.test_only} holds a DINOv2; give a multiple of {PATCH}"
         raise InputError(f"--crop-size {args.crop_size}: {what}")
-    if rank_world()[0] > 0:
-        return
     if args.predict:
         predict_pictures(net, args)
+        return
     source = data.load_source(args.dataset, args.root)
     if source.classes != classes:
         what = f"its {len(classes)} classes are not the {len(source.classes)} of {source.name}"
         raise InputError(f"{args.test_only}: {what}; evaluate it on its own data set")
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    for item in tqdm(source.val, unit="image", disable=None):
-        image = data.read_image(item)
-        label = predict_image(net, image, args)
-        if args.save_predictions:
-            save_prediction(image, label, args.save_predictions, item.id)
-        truth = np.array(data.read_mask(item, image.size, len(classes)), np.int64)
-        confusion += confusion_matrix(torch.tensor(label), torch.tensor(truth), len(classes))
-    miou, values = iou_of(confusion)
+    args.workers = args.workers or 0
+    miou, values = iou_of(evaluate({"net": net}, source, args, device)["net"])
     iou = dict(zip(classes, values, strict=True))
     for name, value in iou.items():
-        print(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
+        say(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
     how = f"{net.config['backbone']}, {args.eval_mode}, amp {args.amp}"
-    print(f"mIoU {miou:.2f}{absent_note(iou)} on {len(source.val)} images · {how}")
+    say(f"mIoU {miou:.2f}{absent_note(iou)} on {len(source.val)} images · {how}")
 
 
 def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
-    """--predict, a file or a folder. Exit status 1 if a picture was unreadable, which is named.
-
-    InputError where output would overwrite a picture or output.
+    """--predict, a file or a folder, on rank 0: <stem>.png are class ids [H, W] at a picture's
+    size, <stem>_overlay.png their colours over it. An unreadable one is named: exit status 1.
     """
+    if rank_world()[0] > 0:
+        return
     pictures = [args.predict]
     if args.predict.is_dir():
         pictures = sorted(p for p in args.predict.iterdir() if p.is_file() and p.name[0] != ".")
@@ -648,20 +600,14 @@ def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
             print(f"error: {e}", file=sys.stderr)
             unreadable += 1
             continue
-        save_prediction(image, predict_image(net, image, args), folder, path.stem)
+        label = predict_image(net, image, args)
+        overlay = Image.blend(image, Image.fromarray(data.palette()[label]), 0.5)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(label).save(folder / f"{path.stem}.png")
+            overlay.save(folder / f"{path.stem}_overlay.png")
     print(f"{folder}: {len(pictures) - unreadable} predicted")
     raise SystemExit(int(unreadable > 0))
-
-
-def save_prediction(image: Image.Image, label: np.ndarray, folder: Path, name: str) -> None:
-    """<name>.png holds class ids [H, W], <name>_overlay.png the RGB image under their colours."""
-    colors = Image.fromarray(data.palette()[label])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(label).save(folder / f"{name}.png")
-        Image.blend(image, colors, 0.5).save(folder / f"{name}_overlay.png")
-    except OSError as e:
-        raise RunError(f"{folder}: cannot be written ({e.strerror}); free space") from None
 
 
 # --------------------------------------------------------------------------------------- flags
@@ -716,13 +662,11 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     g.add_argument("--resume-edited", action="store_true", help="resume despite edited code")
     g.add_argument("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
     g.add_argument("--predict", type=Path, metavar="PICTURES", help="file or folder to label")
-    g.add_argument("--save-predictions", type=Path, metavar="DIR", help="PNGs, with --test-only")
+    g.add_argument("--save-predictions", type=Path, metavar="DIR", help="for PNGs, of --predict")
     return p
 
 
-def parse(
-    p: argparse.ArgumentParser, argv: list[str] | None, **method: dict[str, object]
-) -> argparse.Namespace:
+def parse(p: argparse.ArgumentParser, argv: list[str] | None, **method) -> argparse.Namespace:
     """Parses in two goes: data set and backbone choose the presets that other flags default to.
 
     `method` overrides presets by data set name or "all", e.g. `all=dict(threshold=0.0)`.
@@ -742,10 +686,12 @@ def parse(
         preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode", "amp")}
     p.set_defaults(dataset=dataset, **preset)
     args = p.parse_args(argv)
-    if args.save_predictions and not args.test_only:
-        raise InputError("--save-predictions: goes with --test-only CKPT")
-    if args.predict and not args.save_predictions:
-        raise InputError("--predict: goes with --test-only CKPT --save-predictions DIR")
+    if (args.predict or args.save_predictions) and not (
+        args.test_only and args.predict and args.save_predictions
+    ):
+        raise InputError(
+            "--predict PICTURES, --save-predictions DIR: give both, and --test-only CKPT"
+        )
     if args.crop_size < 32 or vit and args.crop_size % PATCH:
         remedy = f"give at least 32 pixels, for DINOv2 a multiple of {PATCH}"
         raise InputError(f"--crop-size {args.crop_size}: {remedy}")
@@ -776,11 +722,10 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
         args.amp = "bf16" if bf16 else "off"
     if args.out is None:
-        # a folder of lists by its name, a data folder by its own
-        name = Path(args.split).resolve().name if os.path.isdir(args.split) else args.split
         method = args.method + ("-labeled" if args.labeled_only else "")
         where = "folder-" + args.root.resolve().name if args.dataset == "folder" else args.dataset
-        args.out = Path("runs") / f"{method}-{where}-{name.replace('/', '-')}-s{args.seed}"
+        name = args.split.strip("/").replace("/", "-")
+        args.out = Path("runs") / f"{method}-{where}-{name}-s{args.seed}"
     data.check_shared_memory(args, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), split)
     data.look_at_masks(split)
     if args.compile:  # a part in training, in eval and at each size share one cache, of 8
@@ -792,6 +737,16 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
 
 class RunError(Exception):
     """A run that cannot go on. The message is one line; what was saved stays as it is."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """RunError that names `path` where it cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        remedy = "give another place or free space; what was saved before is intact"
+        raise RunError(f"{path}: cannot be written ({first_line(e)}); {remedy}") from None
 
 
 def say(line: str) -> None:
@@ -841,8 +796,7 @@ def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]
         raise
     except Exception as e:  # noqa: BLE001 - any, on values that only look like a checkpoint
         raise InputError(f"{latest}: not of this script ({first_line(e)}); {again}") from None
-    finished = "finished before, no step is left; --overwrite starts anew"
-    say(f"{latest}: {finished if start == args.iters else f'going on from step {start}'}")
+    say(f"{latest}: going on from step {start} of {args.iters}")
     return start
 
 
@@ -864,11 +818,8 @@ class Log:
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 now writes over
         if rank_world()[0] == 0:
-            try:
+            with writing(args.out):
                 self.begin(start, kept)
-            except OSError as e:
-                what = f"cannot be written ({e.strerror})"
-                raise RunError(f"{args.out}: {what}; give another --out") from None
         self.since = start
         self.clock = time.perf_counter()
         _process.training = True
@@ -918,9 +869,7 @@ class Log:
         kept = f"the last good checkpoint in {self.args.out} stays"
         raise RunError(f"step {step}: {what}; {kept}; try a lower --lr, or --amp bf16 or off")
 
-    def train(
-        self, done: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> None:
+    def train(self, done: int, optimizer: torch.optim.Optimizer, scaler) -> None:
         """The line after step `done`: means of all terms since the line before, over all ranks."""
         self.check(done)
         if scaler.is_enabled() and scaler.get_scale() < 1:
@@ -942,11 +891,9 @@ class Log:
         """A line of log.jsonl and of the terminal."""
         if rank_world()[0] > 0:
             return
-        try:
+        with writing(self.path):
             self.file.write(json.dumps({"kind": kind} | line) + "\n")
             self.file.flush()
-        except OSError as e:
-            raise RunError(f"{self.path}: cannot be written ({e.strerror}); free space") from None
         said = " ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
         say(f"{kind} {line['step']}/{self.args.iters} {said}{note}")
 
@@ -977,9 +924,7 @@ def save(state: dict[str, object], split: data.Split, log: Log, done: int) -> No
         save_file(saved, log.args.out / "latest.pt")
 
 
-def validate(
-    nets: dict[str, Segmenter], split: data.Split, device: torch.device, log: Log, done: int
-) -> None:
+def validate(nets: dict[str, Segmenter], split: data.Split, device, log: Log, done: int) -> None:
     """Evaluates `nets` after step `done`; the first is for inference: its mIoU decides on best.pt.
 
     best.pt comes before the log line: a run killed in between evaluates again when it goes on.
@@ -1006,28 +951,18 @@ def validate(
 
 
 def save_file(state: dict, path: Path) -> None:
-    """torch.save beside `path`, then a rename: a reader finds the old file or the new, never half.
-
-    RunError when it cannot be written.
-    """
+    """torch.save beside `path`, then a rename: a reader finds the old file or the new."""
     temporary = path.with_suffix(".tmp")
-    try:
+    with writing(path):
         with open(temporary, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        why = f"cannot be saved ({first_line(e)}); free space: what was saved before is intact"
-        raise RunError(f"{path}: {why}") from None
 
-
-# ---------------------------------------------------------------------------- signals and exit
 
 # what the thread of signals and `launch` need to know
-_process = SimpleNamespace(signal=0, training=False, evaluating=False)
+_process = argparse.Namespace(signal=0, training=False, evaluating=False)
 
 
 def catch_signals() -> None:
@@ -1092,11 +1027,9 @@ def launch(main: Callable[[], None]) -> None:
         line = "interrupted before the first step"
     except BaseException as e:
         told = first_line(e)
-        if isinstance(e, MemoryError) or "out of memory" in told or "can't allocate" in told:
-            remedy = "give a smaller --batch-size or --crop-size, in evaluation --eval-mode slide"
-            line = f"{told}; {remedy}"
-        elif "DataLoader worker" in told:
-            line = f"{told}; give --workers 0, or more room in /dev/shm (docker: --shm-size 8g)"
+        if isinstance(e, MemoryError) or "memory" in told:  # a GPU's, a CPU's, /dev/shm
+            remedy = "a smaller --batch-size or --crop-size, --workers 0, or --eval-mode slide"
+            line = f"{told}; give {remedy}"
         else:
             traceback.print_exc()
     if line:
