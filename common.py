@@ -167,7 +167,7 @@ class Fusion(nn.Module):
 
 
 class DPTDecoder(nn.Module):
-    """Ranftl et al., 2021: four [B, width, h, w] to the classifier's input [B, features, 8h, 8w]."""
+    """Ranftl et al., 2021: maps [B, width, h, w] to the classifier's input [B, A, 8h, 8w]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -305,10 +305,8 @@ def load_checkpoint(path: Path, remedy: str = "give a state_dict") -> dict:
 
 
 def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | None = None) -> str:
-    """Loads imagenet, none, or a file; returns a line that says what was loaded.
-
-    The whole network from a best.pt with these `classes`, else the backbone from any file that
-    holds it. InputError for another architecture's.
+    """Loads imagenet, none, or a file; returns a line that says what was loaded: the whole network
+    of a best.pt with these `classes`, else a backbone. InputError for another architecture's.
     """
     if weights == "none":
         return f"{name}: random weights"
@@ -396,8 +394,7 @@ def rank_sum(t: Tensor) -> Tensor:
 def rank_mean(t: Tensor) -> Tensor:
     """Mean of a tensor over ranks, no gradient.
 
-    A loss is a sum over this rank's pixels divided by `rank_mean` of the pixel count: DDP then
-    averages the ranks' gradients to that of the global mean, also where the counts differ.
+    A loss is a sum over this rank's pixels by `rank_mean` of the count: DDP averages gradients.
     """
     return rank_sum(t) / rank_world()[1]
 
@@ -428,8 +425,7 @@ def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
 def supervised_loss(z: Tensor, y: Tensor, kind: str, share=0.156, thresh=0.7) -> Tensor:
     """CE over the labelled pixels of the global batch; z [B, C, H, W], y [B, H, W], 255 ignored.
 
-    kind "ohem" keeps the pixels whose true class has a probability of at most `thresh`, or the
-    `share` of the global batch's pixels with the lowest where those would be fewer.
+    "ohem" keeps those whose true class has p <= thresh, at least the `share` of lowest p.
     """
     ce = F.cross_entropy(z, y, ignore_index=data.IGNORE, reduction="none")  # [B, H, W]
     keep = y != data.IGNORE
@@ -452,8 +448,7 @@ def supervised_loss(z: Tensor, y: Tensor, kind: str, share=0.156, thresh=0.7) ->
 def predict(net: Segmenter, image: Tensor, settings: argparse.Namespace) -> Tensor:
     """Scores [B, C, H, W] whose argmax is the prediction; image [B, 3, H, W] on the net's grid.
 
-    Whole image: logits. eval_mode "slide": mean softmax of windows of crop_size, 2/3 of it apart,
-    the last one shifted inside. Precision is by settings.amp.
+    Logits, or by "slide" the mean softmax of windows 2/3 of a crop apart, the last one inside.
     """
     dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
     with torch.autocast(image.device.type, dtype, enabled=settings.amp != "off"):
@@ -503,10 +498,9 @@ def absent_note(iou: dict[str, float | None]) -> str:
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)  # it would tune anew for each size
 def evaluate(nets: dict[str, Segmenter], split: data.Split, args, device) -> dict[str, Tensor]:
-    """Confusion matrices [C, C] of networks over the val images, each once over all ranks.
+    """Confusion matrices [C, C] of networks over the val images, each image once over all ranks.
 
-    Batches do not depend on the number of ranks, so neither does rounding. Images are padded to
-    each network's own grid, see `data.ValBatches`. Networks are left in train mode.
+    Batches are by each network's own grid, see `data.ValBatches`. Ends in train mode.
     """
     rank, world = rank_world()
     classes = len(split.classes)
@@ -537,10 +531,7 @@ def predict_image(net: Segmenter, image: Image.Image, settings: argparse.Namespa
 
 
 def load_best(path: str | Path, device="cpu") -> tuple[Segmenter, list[str], argparse.Namespace]:
-    """The network of a best.pt in eval mode, its class names, and the settings of its evaluation.
-
-    InputError for any other file.
-    """
+    """The network of a best.pt in eval mode, its classes, and the settings of its evaluation."""
     saved = load_checkpoint(Path(path))
     try:
         net = build_network(**saved["config"])
@@ -617,10 +608,7 @@ FREE = ("out", "root", "workers", "save_every", "overwrite", "resume_edited")
 
 
 def make_parser(script: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all scripts share; a script adds its own and calls `parse`.
-
-    The name of the file `script` is the method's, so that a copy of it has runs of its own.
-    """
+    """A parser with the flags that all scripts share; a script adds its own and calls `parse`."""
     sources = [Path(f).read_bytes() for f in (script, __file__, data.__file__)]
     digest = hashlib.sha256(b"".join(sources)).hexdigest()[:12]
     p = argparse.ArgumentParser(description=description)
@@ -667,9 +655,8 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
 
 
 def parse(p: argparse.ArgumentParser, argv: list[str] | None, **method) -> argparse.Namespace:
-    """Parses in two goes: data set and backbone choose the presets that other flags default to.
-
-    `method` overrides presets by data set name or "all", e.g. `all=dict(threshold=0.0)`.
+    """Parses in two goes: data set and backbone choose the presets, which `method` overrides by
+    data set or for "all", e.g. `all=dict(threshold=0.0)`.
     """
     first = p.parse_known_args(argv)[0]
     saved = load_checkpoint(first.test_only) if first.test_only else {}
@@ -686,12 +673,9 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, **method) -> argpa
         preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode", "amp")}
     p.set_defaults(dataset=dataset, **preset)
     args = p.parse_args(argv)
-    if (args.predict or args.save_predictions) and not (
-        args.test_only and args.predict and args.save_predictions
-    ):
-        raise InputError(
-            "--predict PICTURES, --save-predictions DIR: give both, and --test-only CKPT"
-        )
+    told = [args.test_only, args.predict, args.save_predictions]
+    if any(told[1:]) and not all(told):
+        raise InputError("--predict, --save-predictions: give both, and --test-only CKPT")
     if args.crop_size < 32 or vit and args.crop_size % PATCH:
         remedy = f"give at least 32 pixels, for DINOv2 a multiple of {PATCH}"
         raise InputError(f"--crop-size {args.crop_size}: {remedy}")
@@ -707,8 +691,6 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
     if args.batch_size % (2 * world):
         why = f"on {world} ranks: CutMix pairs images; give a multiple of {2 * world}"
         raise InputError(f"--batch-size {args.batch_size} {why}")
-    if args.scale[0] > args.scale[1]:
-        raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: give the smaller one first")
     if len(split.unlabeled) < 2 and not args.labeled_only:
         left = f"leaves {len(split.unlabeled) or 'no'} unlabelled image, CutMix pairs two"
         raise InputError(f"--split {args.split}: {left}; label fewer, or --labeled-only")
@@ -733,6 +715,9 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
 
 
 # ------------------------------------------------------------------------------ the run folder
+
+
+LOWER = "the last good checkpoint stays; try a lower --lr, or --amp bf16 or off"
 
 
 class RunError(Exception):
@@ -806,41 +791,38 @@ class Log:
     def __init__(self, args: argparse.Namespace, start: int) -> None:
         """Takes over the lines up to step `start`; drops later ones, and files of an old run."""
         self.args = args
-        self.path = args.out / "log.jsonl"
         self.rows: list[Tensor] = []  # terms that no line holds yet, [terms] each, on the device
-        kept = []
+        self.path = args.out / "log.jsonl"
+        lines = []
         if start > 0 and self.path.exists():
             for text in self.path.read_text("utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):  # a torn last line
-                    kept.append(json.loads(text))
-        kept = [line for line in kept if line["step"] <= start]
-        self.evals = {line["step"]: line for line in kept if line["kind"] == "eval"}
+                    lines.append(json.loads(text))
+        lines = [line for line in lines if line["step"] <= start]
+        self.evals = {line["step"]: line for line in lines if line["kind"] == "eval"}
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 now writes over
-        if rank_world()[0] == 0:
-            with writing(args.out):
-                self.begin(start, kept)
         self.since = start
         self.clock = time.perf_counter()
         _process.training = True
-
-    def begin(self, start: int, kept: list[dict]) -> None:
-        """Writes args.json and the kept lines; leaves log.jsonl open."""
-        out = self.args.out
-        out.mkdir(parents=True, exist_ok=True)
-        if start == 0:  # latest.pt first: nothing then goes on from it without its log
-            (out / "latest.pt").unlink(missing_ok=True)
-            (out / "best.pt").unlink(missing_ok=True)
-        about = vars(self.args) | {"command": shlex.join(sys.argv), "python": sys.version}
+        if rank_world()[0] > 0:
+            return
+        about = vars(args) | {"command": shlex.join(sys.argv), "python": sys.version}
         about["torch"] = torch.__version__
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         with contextlib.suppress(OSError):
             about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        (out / "args.json").write_text(json.dumps(about, default=str, indent=1) + "\n", "utf-8")
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-        os.replace(temporary, self.path)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        with writing(args.out):
+            args.out.mkdir(parents=True, exist_ok=True)
+            if start == 0:  # latest.pt first: nothing then goes on from it without its log
+                (args.out / "latest.pt").unlink(missing_ok=True)
+                (args.out / "best.pt").unlink(missing_ok=True)
+            text = json.dumps(about, default=str, indent=1)
+            (args.out / "args.json").write_text(text + "\n", "utf-8")
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+            os.replace(temporary, self.path)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def owes_evaluation(self, start: int) -> bool:
         """Whether the run was killed after the save at step `start`, before its evaluation."""
@@ -862,18 +844,14 @@ class Log:
         if bad:  # the first column is the total: name the term that spoils it, if there is one
             row, term = next((b for b in bad if b[0] == bad[0][0] and b[1] > 0), bad[0])
             step = done - len(rows) + row + 1
-            self.not_finite(step, f"{self.names[term]} is {rows[row, term]:.0f}")
-
-    def not_finite(self, step: int, what: str) -> None:
-        """Ends the run."""
-        kept = f"the last good checkpoint in {self.args.out} stays"
-        raise RunError(f"step {step}: {what}; {kept}; try a lower --lr, or --amp bf16 or off")
+            raise RunError(f"step {step}: {self.names[term]} is {rows[row, term]:.0f}; {LOWER}")
 
     def train(self, done: int, optimizer: torch.optim.Optimizer, scaler) -> None:
         """The line after step `done`: means of all terms since the line before, over all ranks."""
         self.check(done)
         if scaler.is_enabled() and scaler.get_scale() < 1:
-            self.not_finite(done, "gradients are not finite, fp16 has left out their steps")
+            what = "gradients are not finite, fp16 has left out their steps"
+            raise RunError(f"step {done}: {what}; {LOWER}")
         terms = dict(zip(self.names, torch.stack(self.rows).mean(0).tolist(), strict=True))
         terms["lr"] = optimizer.param_groups[0]["lr"]
         line = {"step": done} | {name: float(f"{v:.6g}") for name, v in terms.items()}
@@ -917,7 +895,7 @@ def save(state: dict[str, object], split: data.Split, log: Log, done: int) -> No
     for net in (value for value in state.values() if isinstance(value, nn.Module)):
         finite = [t.isfinite().all() for t in net.state_dict().values() if t.is_floating_point()]
         if not torch.stack(finite).all():
-            log.not_finite(done, "a weight is not finite")
+            raise RunError(f"step {done}: a weight is not finite; {LOWER}")
     if rank_world()[0] == 0:
         saved = {name: value.state_dict() for name, value in state.items()}
         saved |= {"flags": flags_of(log.args, split), "step": done}
@@ -925,10 +903,7 @@ def save(state: dict[str, object], split: data.Split, log: Log, done: int) -> No
 
 
 def validate(nets: dict[str, Segmenter], split: data.Split, device, log: Log, done: int) -> None:
-    """Evaluates `nets` after step `done`; the first is for inference: its mIoU decides on best.pt.
-
-    best.pt comes before the log line: a run killed in between evaluates again when it goes on.
-    """
+    """Evaluates `nets` after step `done`; the mIoU of the first decides on best.pt."""
     begin = time.perf_counter()
     args = log.args
     _process.evaluating = True
@@ -940,6 +915,7 @@ def validate(nets: dict[str, Segmenter], split: data.Split, device, log: Log, do
     line |= {f"miou_{other}": results[other][0] for other in list(nets)[1:]}
     line["iou"] = iou
     best = max((old["miou"] for old in log.evals.values()), default=-1.0)
+    # before the log line: a run killed in between evaluates again when it goes on
     if line["miou"] > best and rank_world()[0] == 0:
         saved = dict(net=net.state_dict(), config=net.config, classes=list(split.classes))
         saved |= dict(dataset=args.dataset, mean=data.MEAN, std=data.STD, step=done)
@@ -966,10 +942,9 @@ _process = argparse.Namespace(signal=0, training=False, evaluating=False)
 
 
 def catch_signals() -> None:
-    """SIGTERM and Ctrl-C ask for a save, see `stop_signal`; a second one ends the process at once.
+    """SIGTERM and Ctrl-C ask for a save; a second, or one in an evaluation, ends at once.
 
-    So does the first during an evaluation. A thread waits for them: the main one may be held up in
-    a call that Python's own handlers would have to wait for.
+    A thread waits for them: Python's own handlers would have to wait for a call of the main one.
     """
     woken, alarm = socket.socketpair()
     alarm.setblocking(False)

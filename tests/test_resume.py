@@ -364,7 +364,7 @@ def test_finished_run_prints_its_last_line(root, finished, capsys):
     text = capsys.readouterr().out
     end = f"mIoU last {miou:.2f} · best {miou:.2f} at step 2 · {finished}"
     assert text.splitlines()[-1] == end
-    assert "finished before, no step is left" in text
+    assert "going on from step 2 of 2" in text
     assert {k: v for k, v in contents(finished).items() if k in before} == before
 
 
