@@ -45,6 +45,11 @@ DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}_pretrain.pth"
 BACKBONES = (*CNNS, *DINOV2)
 PATCH, TABLE, DEPTH = 14, 37, 12  # of DINOv2: pixels, the position table's side, blocks
 TAKEN = (2, 5, 8, 11)  # blocks whose maps are returned
+# flags that the parts of a resumed run need not share, as they do not change its result
+FREE = ("out", "root", "workers", "save_every", "overwrite", "resume_edited")
+LOWER = "the last good checkpoint stays; try a lower --lr, or --amp bf16 or off"
+# what the thread of signals and `launch` need to know
+_process = argparse.Namespace(signal=0, training=False, evaluating=False)
 
 # ---------------------------------------------------------------------------------- networks
 
@@ -69,13 +74,12 @@ class CNN(IntermediateLayerGetter):
             layers = [m for m in stage.modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))]
             if any(m.stride in (2, (2, 2)) for m in layers):
                 stride *= 2
-            if stride <= output_stride:
-                continue
-            for conv in layers:
-                dilation = stride // output_stride // (2 if conv.stride == (2, 2) else 1)
-                conv.stride = (1, 1)
-                if conv.kernel_size == (3, 3):
-                    conv.dilation = conv.padding = (dilation, dilation)
+            if stride > output_stride:
+                for conv in layers:
+                    dilation = stride // output_stride // (2 if conv.stride == (2, 2) else 1)
+                    conv.stride = (1, 1)
+                    if conv.kernel_size == (3, 3):
+                        conv.dilation = conv.padding = (dilation, dilation)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return list(super().forward(x).values())
@@ -200,15 +204,12 @@ def upsample(z: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class DeepLabDecoder(nn.Module):
-    """DeepLabV3+ (Chen et al., 2018): maps to the classifier's input [B, 256, h, w] at stride 4.
-
-    ASPP is torchvision's without its dropout: a forward has no randomness of its own.
-    """
+    """Chen et al., 2018, DeepLabV3+: maps to the classifier's input [B, 256, h, w] at stride 4."""
 
     def __init__(self, low: int, deep: int, dilation: int) -> None:
         super().__init__()
         self.aspp = ASPP(deep, [rate * dilation for rate in (6, 12, 18)], 256)
-        self.aspp.project = self.aspp.project[:3]
+        self.aspp.project = self.aspp.project[:3]  # without its dropout
         self.reduce = Conv2dNormActivation(low, 48, 1)
         fuse_1 = Conv2dNormActivation(256 + 48, 256, 3)
         self.fuse = nn.Sequential(fuse_1, Conv2dNormActivation(256, 256, 3))
@@ -241,8 +242,7 @@ class Segmenter(nn.Module):
 
     def place(self, device: torch.device) -> "Segmenter":
         """Moves the network to a device, in the memory layout that trains faster there."""
-        # channels_last is slower for full convolutions on a CPU, which makes their weights'
-        # gradients in the plain layout and copies them
+        # on a CPU channels_last makes the weight gradients of full convolutions slower
         depthwise = any(m.groups > 1 for m in self.modules() if isinstance(m, nn.Conv2d))
         if device.type == "cuda" or depthwise:
             self.layout = torch.channels_last
@@ -266,9 +266,7 @@ class Segmenter(nn.Module):
         return [p for p in heads if p.requires_grad]
 
 
-def build_network(
-    backbone: str, num_classes: int, output_stride=16, decoder="deeplab"
-) -> Segmenter:
+def build_network(backbone, num_classes, output_stride=16, decoder="deeplab") -> Segmenter:
     """The network of --backbone, --output-stride and --decoder, or of a best.pt's `config`."""
     if backbone not in BACKBONES:
         raise InputError(f"backbone {backbone!r}: unknown; one of {', '.join(BACKBONES)}")
@@ -305,17 +303,15 @@ def load_checkpoint(path: Path, remedy: str = "give a state_dict") -> dict:
 
 
 def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | None = None) -> str:
-    """Loads imagenet, none, or a file; returns a line that says what was loaded: the whole network
-    of a best.pt with these `classes`, else a backbone. InputError for another architecture's.
+    """Loads imagenet, none or a file: all of a best.pt with these `classes`, else the backbone.
+
+    Returns a line that says what was loaded. InputError for another architecture's file.
     """
     if weights == "none":
         return f"{name}: random weights"
     found = download_weights(name) if weights == "imagenet" else load_checkpoint(Path(weights))
     if classes and found.get("classes") == classes and found.get("config") == net.config:
-        try:
-            net.load_state_dict(found["net"])
-        except (KeyError, RuntimeError) as e:
-            raise InputError(f"{weights}: a broken best.pt ({first_line(e)})") from None
+        net.load_state_dict(found["net"])
         return f"{name}: weights {weights}: the whole network of step {found.get('step')}"
     own = net.backbone.state_dict()
     state = find_backbone(found, own)
@@ -328,9 +324,7 @@ def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | N
     # a classifier's have other first names, and none is a bare tensor like a ViT's register_tokens
     wrong = missing + [k for k in others if "." not in k or k.split(".")[0] in stages]
     if wrong:
-        sizes = [tuple(v[wrong[0]].shape) if wrong[0] in v else "absent" for v in (state, own)]
-        what = f"{wrong[0]} is {sizes[0]} in the file, {sizes[1]} in the network"
-        raise InputError(f"{line}; {what}: another architecture; give a file of {name}")
+        raise InputError(f"{line}; {wrong[0]} differs: another architecture; give a file of {name}")
     net.backbone.load_state_dict(same, strict=False)
     return line
 
@@ -374,10 +368,8 @@ def pick_device(local: int) -> torch.device:
     """The GPU of local rank `local`, or the CPU where there is none; RunError for a missing GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    seen = torch.cuda.device_count()
-    if local >= seen:
-        remedy = "lower --nproc_per_node, or CUDA_VISIBLE_DEVICES= for CPU ranks"
-        raise RunError(f"LOCAL_RANK {local}: no such GPU, this process sees {seen}; {remedy}")
+    if local >= torch.cuda.device_count():
+        raise RunError(f"LOCAL_RANK {local}: there is no such GPU; lower --nproc_per_node")
     torch.cuda.set_device(local)
     torch.backends.cudnn.benchmark = True
     return torch.device("cuda", local)
@@ -392,20 +384,16 @@ def rank_sum(t: Tensor) -> Tensor:
 
 
 def rank_mean(t: Tensor) -> Tensor:
-    """Mean of a tensor over ranks, no gradient.
-
-    A loss is a sum over this rank's pixels by `rank_mean` of the count: DDP averages gradients.
-    """
+    """Mean over ranks, no gradient: what a loss divides its sum by, as DDP averages gradients."""
     return rank_sum(t) / rank_world()[1]
 
 
 def average_buffers(nets: Iterable[nn.Module]) -> None:
     """Batch norm statistics become their mean over ranks, for CPU, which has no SyncBN."""
-    buffers = [b for net in nets for b in net.buffers() if b.is_floating_point()]
-    if buffers:  # DINOv2 with DPT has none
-        flat = rank_mean(torch.cat([b.flatten() for b in buffers]))
-        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
+    for net in nets:
+        for buffer in net.buffers():
+            if buffer.is_floating_point():  # a counter is not
+                buffer.copy_(rank_mean(buffer))
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -425,7 +413,7 @@ def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
 def supervised_loss(z: Tensor, y: Tensor, kind: str, share=0.156, thresh=0.7) -> Tensor:
     """CE over the labelled pixels of the global batch; z [B, C, H, W], y [B, H, W], 255 ignored.
 
-    "ohem" keeps those whose true class has p <= thresh, at least the `share` of lowest p.
+    "ohem": only those whose true class has p <= thresh, but at least the `share` of lowest p.
     """
     ce = F.cross_entropy(z, y, ignore_index=data.IGNORE, reduction="none")  # [B, H, W]
     keep = y != data.IGNORE
@@ -446,10 +434,7 @@ def supervised_loss(z: Tensor, y: Tensor, kind: str, share=0.156, thresh=0.7) ->
 
 @torch.no_grad()
 def predict(net: Segmenter, image: Tensor, settings: argparse.Namespace) -> Tensor:
-    """Scores [B, C, H, W] whose argmax is the prediction; image [B, 3, H, W] on the net's grid.
-
-    Logits, or by "slide" the mean softmax of windows 2/3 of a crop apart, the last one inside.
-    """
+    """Image [B, 3, H, W] to scores [B, C, H, W]: logits, or if "slide" windows' mean softmax."""
     dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
     with torch.autocast(image.device.type, dtype, enabled=settings.amp != "off"):
         if settings.eval_mode == "whole":
@@ -468,7 +453,7 @@ def predict(net: Segmenter, image: Tensor, settings: argparse.Namespace) -> Tens
 
 
 def _window_starts(size: int, crop: int) -> list[int]:
-    stride = crop * 2 // 3
+    stride = crop * 2 // 3  # the last window is shifted inside
     return [min(i * stride, size - crop) for i in range(math.ceil((size - crop) / stride) + 1)]
 
 
@@ -478,30 +463,25 @@ def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
     return torch.bincount(cell.flatten(), minlength=classes**2 + 1)[:-1].view(classes, classes)
 
 
-def iou_of(confusion: Tensor) -> tuple[float, list[float | None]]:
+def iou_of(confusion: Tensor, classes: list[str]) -> tuple[float, dict[str, float | None]]:
     """mIoU over classes present in labels or predictions, IoU per class (None: absent), percent."""
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    pairs = list(zip(confusion.diagonal().tolist(), union.tolist(), strict=True))
-    iou = [round(100 * i / u, 4) if u else None for i, u in pairs]
-    present = [100 * i / u for i, u in pairs if u]
-    return round(sum(present) / max(len(present), 1), 4), iou
+    hits = confusion.diagonal().double()
+    iou = 100 * hits / (confusion.sum(0) + confusion.sum(1) - hits)  # 0 / 0 is nan
+    values = [None if math.isnan(v) else round(v, 4) for v in iou.tolist()]
+    return round(iou.nanmean().item(), 4), dict(zip(classes, values, strict=True))
 
 
 def absent_note(iou: dict[str, float | None]) -> str:
     """Over how many of the classes a mIoU is, where some are in no val label or prediction."""
     absent = [name for name, value in iou.items() if value is None]
-    if not absent:
-        return ""
-    return f" over {len(iou) - len(absent)} of {len(iou)} classes (absent: {', '.join(absent)})"
+    note = f" over {len(iou) - len(absent)} of {len(iou)} classes (absent: {', '.join(absent)})"
+    return note if absent else ""
 
 
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)  # it would tune anew for each size
 def evaluate(nets: dict[str, Segmenter], split: data.Split, args, device) -> dict[str, Tensor]:
-    """Confusion matrices [C, C] of networks over the val images, each image once over all ranks.
-
-    Batches are by each network's own grid, see `data.ValBatches`. Ends in train mode.
-    """
+    """Confusion matrices [C, C] over the val images, each once over all ranks. Ends in train()."""
     rank, world = rank_world()
     classes = len(split.classes)
     total = {n: torch.zeros(classes, classes, dtype=torch.int64, device=device) for n in nets}
@@ -547,18 +527,16 @@ def test(args: argparse.Namespace, device: torch.device) -> None:
     """--test-only: evaluates a best.pt on the val images, or predicts the pictures of --predict."""
     net, classes, _ = load_best(args.test_only, device)
     if net.config["backbone"] in DINOV2 and args.crop_size % PATCH:
-        what = f"{args.test_only} holds a DINOv2; give a multiple of {PATCH}"
-        raise InputError(f"--crop-size {args.crop_size}: {what}")
+        raise InputError(f"--crop-size {args.crop_size}: a DINOv2 needs a multiple of {PATCH}")
     if args.predict:
         predict_pictures(net, args)
         return
     source = data.load_source(args.dataset, args.root)
     if source.classes != classes:
-        what = f"its {len(classes)} classes are not the {len(source.classes)} of {source.name}"
-        raise InputError(f"{args.test_only}: {what}; evaluate it on its own data set")
+        what = f"its classes {classes} are not {source.classes}; give its own data set"
+        raise InputError(f"{args.test_only}: {what}")
     args.workers = args.workers or 0
-    miou, values = iou_of(evaluate({"net": net}, source, args, device)["net"])
-    iou = dict(zip(classes, values, strict=True))
+    miou, iou = iou_of(evaluate({"net": net}, source, args, device)["net"], classes)
     for name, value in iou.items():
         say(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
     how = f"{net.config['backbone']}, {args.eval_mode}, amp {args.amp}"
@@ -566,11 +544,7 @@ def test(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
-    """--predict, a file or a folder, on rank 0: <stem>.png are class ids [H, W] at a picture's
-    size, <stem>_overlay.png their colours over it. An unreadable one is named: exit status 1.
-    """
-    if rank_world()[0] > 0:
-        return
+    """--predict: writes class ids [H, W] and an overlay. An unreadable picture: exit status 1."""
     pictures = [args.predict]
     if args.predict.is_dir():
         pictures = sorted(p for p in args.predict.iterdir() if p.is_file() and p.name[0] != ".")
@@ -603,9 +577,6 @@ def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------- flags
 
-# flags that the parts of a resumed run need not share, as they do not change its result
-FREE = ("out", "root", "workers", "save_every", "overwrite", "resume_edited")
-
 
 def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags that all scripts share; a script adds its own and calls `parse`."""
@@ -623,8 +594,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     g = p.add_argument_group("network")
     g.add_argument("--backbone", choices=BACKBONES, help="encoder")
     g.add_argument("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
-    decoders = ("deeplab", "dpt")
-    g.add_argument("--decoder", choices=decoders, default="deeplab", help="dpt: for DINOv2")
+    g.add_argument("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: DINOv2")
     g.add_argument("--output-stride", type=int, choices=(8, 16), default=16, help="CNN: pixels")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=STEPS, help="passes over the unlabelled images")
@@ -655,9 +625,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
 
 
 def parse(p: argparse.ArgumentParser, argv: list[str] | None, **method) -> argparse.Namespace:
-    """Parses in two goes: data set and backbone choose the presets, which `method` overrides by
-    data set or for "all", e.g. `all=dict(threshold=0.0)`.
-    """
+    """Parses in two goes: data set and backbone choose presets, `method` overrides them by name."""
     first = p.parse_known_args(argv)[0]
     saved = load_checkpoint(first.test_only) if first.test_only else {}
     name = first.dataset or saved.get("dataset")
@@ -677,23 +645,22 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, **method) -> argpa
     if any(told[1:]) and not all(told):
         raise InputError("--predict, --save-predictions: give both, and --test-only CKPT")
     if args.crop_size < 32 or vit and args.crop_size % PATCH:
-        remedy = f"give at least 32 pixels, for DINOv2 a multiple of {PATCH}"
-        raise InputError(f"--crop-size {args.crop_size}: {remedy}")
+        raise InputError(
+            f"--crop-size {args.crop_size}: give 32 or more, a multiple of 14 for DINOv2"
+        )
     if dataset == "shapes" and not name:
-        fetch = f"python data.py --dataset pascal --root {args.root} --download"
         say(f"NOTE: no PASCAL VOC 2012 under {args.root}: this run uses the built-in shapes")
-        say(f"NOTE: to train on VOC, first run: {fetch}")
+        say(f"NOTE: to fetch it: python data.py --dataset pascal --root {args.root} --download")
     return args
 
 
 def settle(args: argparse.Namespace, split: data.Split, world: int, device: torch.device) -> None:
     """Fills the flags left open and refuses what cannot work; InputError names the flag."""
     if args.batch_size % (2 * world):
-        why = f"on {world} ranks: CutMix pairs images; give a multiple of {2 * world}"
-        raise InputError(f"--batch-size {args.batch_size} {why}")
+        what = f"--batch-size {args.batch_size} on {world} ranks"
+        raise InputError(f"{what}: CutMix pairs images; give a multiple of {2 * world}")
     if len(split.unlabeled) < 2 and not args.labeled_only:
-        left = f"leaves {len(split.unlabeled) or 'no'} unlabelled image, CutMix pairs two"
-        raise InputError(f"--split {args.split}: {left}; label fewer, or --labeled-only")
+        raise InputError(f"--split {args.split}: under 2 images unlabelled; give --labeled-only")
     epoch = max(1, len(split.unlabeled or split.labeled) // args.batch_size)
     args.iters = args.iters or args.epochs * epoch
     args.eval_every = args.eval_every or epoch
@@ -717,9 +684,6 @@ def settle(args: argparse.Namespace, split: data.Split, world: int, device: torc
 # ------------------------------------------------------------------------------ the run folder
 
 
-LOWER = "the last good checkpoint stays; try a lower --lr, or --amp bf16 or off"
-
-
 class RunError(Exception):
     """A run that cannot go on. The message is one line; what was saved stays as it is."""
 
@@ -730,8 +694,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as e:
-        remedy = "give another place or free space; what was saved before is intact"
-        raise RunError(f"{path}: cannot be written ({first_line(e)}); {remedy}") from None
+        why = f"cannot be written ({first_line(e)})"
+        raise RunError(f"{path}: {why}; give another place or free space") from None
 
 
 def say(line: str) -> None:
@@ -747,10 +711,7 @@ def flags_of(args: argparse.Namespace, split: data.Split) -> dict:
 
 
 def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]) -> int:
-    """Loads latest.pt of --out into `state`; returns the step to go on from, 0 in a new folder.
-
-    InputError if that run had other flags, lists or sources.
-    """
+    """Loads latest.pt into `state`, returns its step, else 0. InputError if its run was another."""
     latest = args.out / "latest.pt"
     again = "give another --out, or --overwrite"
     # --overwrite is for the first attempt alone: torchrun's restarts go on
@@ -768,11 +729,9 @@ def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]
     differ = {k: f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]}
     edited = differ.pop("sources", None)
     if differ:
-        what = "; ".join(differ.values())
-        raise InputError(f"{args.out}: holds a run with other flags ({what}); {again}")
+        raise InputError(f"{args.out}: of other flags ({'; '.join(differ.values())}); {again}")
     if edited and not args.resume_edited:
-        what = f"{args.method}.py, common.py or data.py was edited since this run began"
-        raise InputError(f"{args.out}: {what}; {again}, or --resume-edited to go on all the same")
+        raise InputError(f"{args.out}: the code was edited since; {again}, or --resume-edited")
     try:
         for name, value in state.items():
             value.load_state_dict(saved[name])
@@ -802,13 +761,11 @@ class Log:
         self.evals = {line["step"]: line for line in lines if line["kind"] == "eval"}
         if dist.is_initialized():
             dist.barrier()  # until every rank has read what rank 0 now writes over
-        self.since = start
         self.clock = time.perf_counter()
         _process.training = True
         if rank_world()[0] > 0:
             return
-        about = vars(args) | {"command": shlex.join(sys.argv), "python": sys.version}
-        about["torch"] = torch.__version__
+        about = dict(command=shlex.join(sys.argv), python=sys.version, torch=torch.__version__)
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         with contextlib.suppress(OSError):
             about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -817,7 +774,7 @@ class Log:
             if start == 0:  # latest.pt first: nothing then goes on from it without its log
                 (args.out / "latest.pt").unlink(missing_ok=True)
                 (args.out / "best.pt").unlink(missing_ok=True)
-            text = json.dumps(about, default=str, indent=1)
+            text = json.dumps(vars(args) | about, default=str, indent=1)
             (args.out / "args.json").write_text(text + "\n", "utf-8")
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
@@ -836,42 +793,36 @@ class Log:
 
     def check(self, done: int) -> None:
         """Averages the kept scalars over ranks; one that is not finite ends the run."""
-        if not self.rows:
-            return
         rows = rank_mean(torch.stack(self.rows))  # [steps, terms]
         self.rows = list(rows)
-        bad = (~rows.isfinite()).nonzero().tolist()
-        if bad:  # the first column is the total: name the term that spoils it, if there is one
-            row, term = next((b for b in bad if b[0] == bad[0][0] and b[1] > 0), bad[0])
-            step = done - len(rows) + row + 1
-            raise RunError(f"step {step}: {self.names[term]} is {rows[row, term]:.0f}; {LOWER}")
+        for step, row in enumerate(rows.tolist(), done - len(rows) + 1):
+            for name, value in zip(self.names[::-1], row[::-1], strict=True):  # the total is last
+                if not math.isfinite(value):
+                    raise RunError(f"step {step}: {name} is {value}; {LOWER}")
 
     def train(self, done: int, optimizer: torch.optim.Optimizer, scaler) -> None:
         """The line after step `done`: means of all terms since the line before, over all ranks."""
         self.check(done)
         if scaler.is_enabled() and scaler.get_scale() < 1:
-            what = "gradients are not finite, fp16 has left out their steps"
-            raise RunError(f"step {done}: {what}; {LOWER}")
+            raise RunError(f"step {done}: gradients are not finite, fp16 skips them; {LOWER}")
         terms = dict(zip(self.names, torch.stack(self.rows).mean(0).tolist(), strict=True))
         terms["lr"] = optimizer.param_groups[0]["lr"]
         line = {"step": done} | {name: float(f"{v:.6g}") for name, v in terms.items()}
         now = time.perf_counter()
         images = self.args.batch_size * (1 if self.args.labeled_only else 2)
-        line["images_s"] = round((done - self.since) * images / (now - self.clock), 2)
+        line["images_s"] = round(len(self.rows) * images / (now - self.clock), 2)
         if torch.cuda.is_available():
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         self.rows = []
         self.clock = now
-        self.since = done
         self.write("train", line)
 
     def write(self, kind: str, line: dict, note: str = "") -> None:
         """A line of log.jsonl and of the terminal."""
-        if rank_world()[0] > 0:
-            return
-        with writing(self.path):
-            self.file.write(json.dumps({"kind": kind} | line) + "\n")
-            self.file.flush()
+        if rank_world()[0] == 0:
+            with writing(self.path):
+                self.file.write(json.dumps({"kind": kind} | line) + "\n")
+                self.file.flush()
         said = " ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
         say(f"{kind} {line['step']}/{self.args.iters} {said}{note}")
 
@@ -880,8 +831,7 @@ class Log:
         if dist.is_initialized():
             dist.barrier()  # rank 0 may still be writing
         if stopped:
-            again = "the same command (without --overwrite)"
-            say(f"signal {stopped}: saved; {again} goes on from there")
+            say(f"signal {stopped}: saved; the same command, without --overwrite, goes on")
             raise SystemExit(128 + stopped)
         last = self.evals[max(self.evals)]
         best = max(self.evals.values(), key=lambda line: line["miou"])
@@ -891,7 +841,8 @@ class Log:
 
 def save(state: dict[str, object], split: data.Split, log: Log, done: int) -> None:
     """latest.pt with all state after step `done`; what is not finite ends the run instead."""
-    log.check(done)
+    if log.rows:
+        log.check(done)
     for net in (value for value in state.values() if isinstance(value, nn.Module)):
         finite = [t.isfinite().all() for t in net.state_dict().values() if t.is_floating_point()]
         if not torch.stack(finite).all():
@@ -907,20 +858,19 @@ def validate(nets: dict[str, Segmenter], split: data.Split, device, log: Log, do
     begin = time.perf_counter()
     args = log.args
     _process.evaluating = True
-    results = {name: iou_of(m) for name, m in evaluate(nets, split, args, device).items()}
+    confusions = evaluate(nets, split, args, device)
     _process.evaluating = False
     name, net = next(iter(nets.items()))
-    iou = dict(zip(split.classes, results[name][1], strict=True))
-    line = {"step": done, "miou": results[name][0]}
-    line |= {f"miou_{other}": results[other][0] for other in list(nets)[1:]}
-    line["iou"] = iou
+    miou, iou = iou_of(confusions.pop(name), split.classes)
+    others = {f"miou_{n}": iou_of(m, split.classes)[0] for n, m in confusions.items()}
+    line = {"step": done, "miou": miou} | others | {"iou": iou}
     best = max((old["miou"] for old in log.evals.values()), default=-1.0)
     # before the log line: a run killed in between evaluates again when it goes on
-    if line["miou"] > best and rank_world()[0] == 0:
+    if miou > best and rank_world()[0] == 0:
         saved = dict(net=net.state_dict(), config=net.config, classes=list(split.classes))
         saved |= dict(dataset=args.dataset, mean=data.MEAN, std=data.STD, step=done)
         saved["eval"] = dict(crop_size=args.crop_size, eval_mode=args.eval_mode, amp=args.amp)
-        save_file(saved | {"miou": line["miou"]}, args.out / "best.pt")
+        save_file(saved | {"miou": miou}, args.out / "best.pt")
     log.evals[done] = line
     log.write("eval", line, absent_note(iou))
     log.clock += time.perf_counter() - begin  # images/s is of training
@@ -937,15 +887,9 @@ def save_file(state: dict, path: Path) -> None:
         os.replace(temporary, path)
 
 
-# what the thread of signals and `launch` need to know
-_process = argparse.Namespace(signal=0, training=False, evaluating=False)
-
-
 def catch_signals() -> None:
-    """SIGTERM and Ctrl-C ask for a save; a second, or one in an evaluation, ends at once.
-
-    A thread waits for them: Python's own handlers would have to wait for a call of the main one.
-    """
+    """SIGTERM and Ctrl-C ask for a save; a second, or one in an evaluation, ends at once."""
+    # a thread waits for them: Python's own handlers would wait until the main one is out of C
     woken, alarm = socket.socketpair()
     alarm.setblocking(False)
     signal.set_wakeup_fd(alarm.detach(), warn_on_full_buffer=False)
@@ -969,18 +913,14 @@ def stop_signal(due: bool) -> int:
     """The signal to stop at, or 0. Ranks agree on it where a log line is `due`, on the CPU."""
     if not dist.is_initialized():
         return _process.signal
-    if not due:
-        return 0
-    number = torch.tensor(_process.signal)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    number = torch.tensor(_process.signal if due else 0)
+    if due:
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs a script. Bad input ends it with a line and status 2, a failed run with status 1.
-
-    Exits at once: other ranks may wait in a collective for this one, workers for its data.
-    """
+    """Runs a script; status 2 and a line for bad input, 1 for a failed run."""
     status = 1
     line = ""
     rank, world = rank_world()
@@ -988,11 +928,10 @@ def launch(main: Callable[[], None]) -> None:
         main()
         status = 0
     except InputError as e:
-        if rank > 0 and not _process.training:  # so far all ranks see the same, and torchrun ends
-            time.sleep(5)  # them at the first exit: the line is rank 0's
-        else:
-            line = str(e)
         status = 2
+        line = str(e)
+        if rank > 0 and not _process.training:  # all ranks see it: only rank 0 is to say so,
+            time.sleep(5)  # torchrun ends the others
     except RunError as e:
         line = str(e)
     except SystemExit as e:
@@ -1003,12 +942,11 @@ def launch(main: Callable[[], None]) -> None:
     except BaseException as e:
         told = first_line(e)
         if isinstance(e, MemoryError) or "memory" in told:  # a GPU's, a CPU's, /dev/shm
-            remedy = "a smaller --batch-size or --crop-size, --workers 0, or --eval-mode slide"
-            line = f"{told}; give {remedy}"
+            line = f"{told}; lower --batch-size, --crop-size or --workers, or --eval-mode slide"
         else:
             traceback.print_exc()
     if line:
         print(f"[rank {rank}] error: {line}" if world > 1 else f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(status)  # at once: other ranks may wait in a collective, workers for its data

@@ -238,7 +238,7 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "predictions of a run": (nothing, "--save-predictions {tmp}/p", "--predict | --test-only CKPT"),
     "pictures, no network": (nothing, "--predict {tmp}", "--predict | --test-only CKPT"),
     "odd batch": (nothing, "--batch-size 3", "--batch-size 3 on 1 ranks | multiple of 2"),
-    "crop too small": (nothing, "--crop-size 31", "--crop-size 31 | at least 32 pixels"),
+    "crop too small": (nothing, "--crop-size 31", "--crop-size 31 | 32 or more"),
     "crop off the patches": (nothing, VIT_64, "--crop-size 64 | multiple of 14"),
     "DPT on a CNN": (nothing, "--decoder dpt", "--decoder dpt | resnet18 | use deeplab"),
     "unknown flag": (nothing, "--lern-rate 1", "unrecognized arguments | --lern-rate"),
@@ -383,7 +383,9 @@ def test_all_ways_to_predict_give_the_same_files(script, tmp_path, root, best):
     done = run(script, f"--dataset folder --root {root} --test-only {best}", tmp_path)
     mask = np.asarray(Image.open(root / "val/masks/v00.png"))
     label[mask == 255] = 255
-    iou = [((label == c) & (mask == c)).sum() / ((label == c) | (mask == c)).sum() for c in range(3)]
+    iou = [
+        ((label == c) & (mask == c)).sum() / ((label == c) | (mask == c)).sum() for c in range(3)
+    ]
     assert done.out[-1].startswith(f"mIoU {100 * np.mean(iou):.2f} on 1 images · resnet18, slide")
 
 

@@ -399,7 +399,7 @@ REFUSED = {  # backbone, file, what the line says
     "deep stem under the old name": (
         "resnet18",
         lambda: torchvisions("resnet18") | {"conv1.weight": torch.randn(64, 64, 3, 3)},
-        r"1 missing.*conv1.weight is \(64, 64, 3, 3\) in the file, \(64, 3, 7, 7\) in the",
+        "1 missing.*conv1.weight differs",
     ),
     "a smaller network": ("resnet34", lambda: torchvisions("resnet18"), r"layer1\.2"),
     # ResNet-34 holds every key of ResNet-18, and has the same shapes there
@@ -414,7 +414,7 @@ REFUSED = {  # backbone, file, what the line says
     "a ViT with registers": (
         "dinov2_vits14",
         lambda: vits_file() | {"register_tokens": torch.randn(1, 4, 384)},
-        r"1 unexpected; register_tokens is \(1, 4, 384\) in the file, absent in the network",
+        "1 unexpected; register_tokens differs",
     ),
 }
 

@@ -335,10 +335,7 @@ def test_sigterm_to_torchrun_saves_one_step(root, tmp_path):
     assert 4 <= step < 3000
     assert step % 2 == 0  # where a log line is due
     assert len(procs.log_of(out)) == step / 2
-    assert (
-        text.count("signal 15: saved; the same command (without --overwrite) goes on from there")
-        == 1
-    )
+    assert text.count("signal 15: saved; the same command, without --overwrite, goes on") == 1
     ours = [line for line in text.splitlines() if "/speed.py" in line or "/common.py" in line]
     assert not ours  # no traceback of ours
 
@@ -356,7 +353,7 @@ def test_more_ranks_than_gpus(root, tmp_path):
     argv, text = procs.flags("speed", root, tmp_path / "out", "--batch-size 8"), tmp_path / "text"
     p = procs.start("speed", argv, text, first=functools.partial(third_of_two, names))
     assert procs.finish(p) == 1
-    told = "[rank 2] error: LOCAL_RANK 2: no such GPU, this process sees 2; lower --nproc_per_node"
+    told = "[rank 2] error: LOCAL_RANK 2: there is no such GPU; lower --nproc_per_node"
     assert procs.lines(text)[-1].startswith(told)
     assert "Traceback" not in text.read_text()
 

@@ -206,7 +206,7 @@ def test_signal_saves_the_step_under_way_and_stops(script, number, root, tmp_pat
     os.killpg(p.pid, number)
     assert procs.finish(p) == 128 + number
     assert saved(out)["step"] in (5, 6, 7)
-    last = f"signal {int(number)}: saved; the same command (without --overwrite) goes on from there"
+    last = f"signal {int(number)}: saved; the same command, without --overwrite, goes on"
     assert procs.lines(text)[-1] == last
     assert "Traceback" not in text.read_text()
     run(script, argv)
