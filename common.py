@@ -1,7 +1,6 @@
 """What the methods share and no paper is about: networks, weights, ranks, evaluation, run folder.
 
-Dimension key: B images, C classes, H and W pixels, h and w cells of a feature map. A backbone's
-state-dict keys are those of its published file (torchvision's, DINOv2's).
+Dimension key: B images, C classes, H and W pixels, h and w cells of a feature map.
 """
 
 import argparse
@@ -55,7 +54,7 @@ _process = argparse.Namespace(signal=0, training=False, evaluating=False)
 
 
 class CNN(IntermediateLayerGetter):
-    """torchvision's: image [B, 3, H, W] to the stride-4 map and the last map (stride 16 or 8)."""
+    """torchvision's and its keys: image [B, 3, H, W] to the stride-4 and the last map (16 or 8)."""
 
     grid = 16  # evaluation pads images to the crop modulo this
 
@@ -544,7 +543,7 @@ def test(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
-    """--predict: writes class ids [H, W] and an overlay. An unreadable picture: exit status 1."""
+    """--predict: class ids [H, W] and an overlay of each; exit status 1 if one was unreadable."""
     pictures = [args.predict]
     if args.predict.is_dir():
         pictures = sorted(p for p in args.predict.iterdir() if p.is_file() and p.name[0] != ".")
@@ -657,10 +656,11 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, **method) -> argpa
 def settle(args: argparse.Namespace, split: data.Split, world: int, device: torch.device) -> None:
     """Fills the flags left open and refuses what cannot work; InputError names the flag."""
     if args.batch_size % (2 * world):
-        what = f"--batch-size {args.batch_size} on {world} ranks"
-        raise InputError(f"{what}: CutMix pairs images; give a multiple of {2 * world}")
+        raise InputError(
+            f"--batch-size {args.batch_size} on {world} ranks: give a multiple of {2 * world}"
+        )
     if len(split.unlabeled) < 2 and not args.labeled_only:
-        raise InputError(f"--split {args.split}: under 2 images unlabelled; give --labeled-only")
+        raise InputError(f"--split {args.split}: under 2 unlabelled images; give --labeled-only")
     epoch = max(1, len(split.unlabeled or split.labeled) // args.batch_size)
     args.iters = args.iters or args.epochs * epoch
     args.eval_every = args.eval_every or epoch
