@@ -47,8 +47,7 @@ TAKEN = (2, 5, 8, 11)  # blocks whose maps are returned
 # flags that the parts of a resumed run need not share, as they do not change its result
 FREE = ("out", "root", "workers", "save_every", "overwrite", "resume_edited")
 LOWER = "the last good checkpoint stays; try a lower --lr, or --amp bf16 or off"
-# what the thread of signals and `launch` need to know
-_process = argparse.Namespace(signal=0, training=False, evaluating=False)
+_process = argparse.Namespace(signal=0, training=False, evaluating=False)  # for `launch`, signals
 
 # ---------------------------------------------------------------------------------- networks
 
@@ -635,8 +634,7 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, **method) -> argpa
     preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
     rate = {"lr": preset["lr"]} if vit else {}  # a script's own is for CNNs
     preset |= method.get("all", {}) | method.get(dataset, {}) | rate
-    if isinstance(saved.get("eval"), dict):  # --test-only: as best.pt was evaluated, unless told
-        # as text, which argparse checks like a flag
+    if isinstance(saved.get("eval"), dict):  # evaluate as in its run; text, for argparse to check
         preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode", "amp")}
     p.set_defaults(dataset=dataset, **preset)
     args = p.parse_args(argv)
@@ -656,9 +654,8 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, **method) -> argpa
 def settle(args: argparse.Namespace, split: data.Split, world: int, device: torch.device) -> None:
     """Fills the flags left open and refuses what cannot work; InputError names the flag."""
     if args.batch_size % (2 * world):
-        raise InputError(
-            f"--batch-size {args.batch_size} on {world} ranks: give a multiple of {2 * world}"
-        )
+        what = f"--batch-size {args.batch_size} on {world} ranks"
+        raise InputError(f"{what}: CutMix pairs images; give a multiple of {2 * world}")
     if len(split.unlabeled) < 2 and not args.labeled_only:
         raise InputError(f"--split {args.split}: under 2 unlabelled images; give --labeled-only")
     epoch = max(1, len(split.unlabeled or split.labeled) // args.batch_size)
