@@ -721,7 +721,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     p.set_defaults(method=Path(script).stem, sources=digest, labeled_only=False)
     g = p.add_argument_group("data")
-    data.add_flags(g.add_argument)
+    data.add_flags(g)
     g.add_argument("--crop-size", type=STEPS, help="side of the square training crop, pixels")
     g.add_argument("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="random scale")
     g.add_argument("--batch-size", type=STEPS, help="labelled images a step; as many unlabelled")

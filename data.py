@@ -9,7 +9,6 @@ Dimension key: B images, C classes, H and W pixels, V = 2 strong views, R = 4 ed
 
     python data.py --dataset pascal --root data --download      # fetch VOC 2012 and SBD
     python data.py --dataset folder --root my_data              # check every file, list all faults
-    python data.py --dataset shapes --preview shapes.png        # look at what the networks see
 """
 
 import argparse
@@ -56,34 +55,30 @@ SHAPES_CLASSES = (
     "background ringed_disk checkered_square striped_triangle dotted_star grained_cross"
 ).split()
 ROOT = Path("data")  # default of --root
+SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE, BUILT_IN = 512, 128, 96, Path("built in")
+VAL_PIXELS = 2**21  # of a val batch
 PROTOCOLS = ("classic", "blended", "priority")
 
-# What the field trains each data set with; `epochs` counts passes over the unlabelled images.
 # fmt: off
+CNN = dict(
+    backbone="resnet101", weights="imagenet", optimizer="sgd", weight_decay=1e-4, batch_size=8,
+    scale=(0.5, 2.0), ramp=0.0)
+VIT = dict(optimizer="adamw", weight_decay=0.01, threshold=0.95)
+# What the field trains each data set with; `epochs` counts passes over the unlabelled images.
 PRESETS = {
-    "pascal": dict(
-        backbone="resnet101", weights="imagenet", optimizer="sgd", lr=1e-3, head_lr_mult=10.0,
-        weight_decay=1e-4, batch_size=8, epochs=80, crop_size=321, scale=(0.5, 2.0),
-        threshold=0.95, ramp=0.0),
+    "pascal": dict(CNN, lr=1e-3, head_lr_mult=10.0, epochs=80, crop_size=321, threshold=0.95),
     "cityscapes": dict(
-        backbone="resnet101", weights="imagenet", optimizer="sgd", lr=5e-3, head_lr_mult=1.0,
-        weight_decay=1e-4, batch_size=8, epochs=240, crop_size=801, scale=(0.5, 2.0),
-        threshold=0.0, ramp=0.0, sup_loss="ohem", eval_mode="slide"),
+        CNN, lr=5e-3, head_lr_mult=1.0, epochs=240, crop_size=801, threshold=0.0, sup_loss="ohem",
+        eval_mode="slide"),
     "shapes": dict(
         backbone="resnet18", weights="none", optimizer="adamw", lr=1e-3, head_lr_mult=1.0,
-        weight_decay=1e-4, batch_size=8, epochs=7, crop_size=65, scale=(0.8, 1.25),
-        threshold=0.95, ramp=0.5, eval_every=120),
+        weight_decay=1e-4, batch_size=8, epochs=7, crop_size=65, scale=(0.8, 1.25), threshold=0.95,
+        ramp=0.5, eval_every=120),
 }
 DINOV2_PRESETS = {  # what a DINOv2 backbone changes; shapes train one from scratch
-    "pascal": dict(
-        optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, batch_size=16, epochs=60,
-        crop_size=518, threshold=0.95),
-    "cityscapes": dict(
-        optimizer="adamw", lr=5e-6, head_lr_mult=40.0, weight_decay=0.01, batch_size=8, epochs=180,
-        crop_size=798, threshold=0.95),
-    "shapes": dict(
-        optimizer="adamw", lr=5e-4, head_lr_mult=1.0, weight_decay=0.01, batch_size=8,
-        crop_size=70, threshold=0.95),
+    "pascal": dict(VIT, lr=5e-6, head_lr_mult=40.0, batch_size=16, epochs=60, crop_size=518),
+    "cityscapes": dict(VIT, lr=5e-6, head_lr_mult=40.0, batch_size=8, epochs=180, crop_size=798),
+    "shapes": dict(VIT, lr=5e-4, head_lr_mult=1.0, batch_size=8, crop_size=70),
 }
 # fmt: on
 PRESETS["folder"] = PRESETS["pascal"]
@@ -127,12 +122,10 @@ class Source:
 def _list(path: Path, blank: bool = False) -> list[str]:
     """The lines of a text file; `blank`: with blank ones, but for those at its end."""
     try:
-        content = path.read_bytes()
-        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # as PowerShell writes it
-        text = content.decode("utf-16" if utf16 else "utf-8-sig")  # -sig: without a BOM
+        text = path.read_text("utf-8-sig").rstrip()  # -sig: without a byte order mark
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not a readable text file ({e}); save it as UTF-8") from None
-    return [line.strip() for line in text.rstrip().splitlines() if blank or line.strip()]
+        raise InputError(f"{path}: cannot be read ({e}); give a text file in UTF-8") from None
+    return [line.strip() for line in text.splitlines() if blank or line.strip()]
 
 
 def _pascal_root(root: Path) -> Path | None:
@@ -146,21 +139,17 @@ def _pascal(root: Path) -> Source:
         what = "no VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt here; fetch PASCAL VOC 2012 by"
         raise InputError(f"{root}: {what} python data.py --dataset pascal --root {root} --download")
     lists = voc / "ImageSets/Segmentation"
-    fine, val = set(_list(lists / "train.txt")), _list(lists / "val.txt")
-    own = fine.union(val)  # ids with masks of VOC's own
-    if (lists / "trainaug.txt").is_file():
-        train = set(_list(lists / "trainaug.txt"))
-    else:  # without that list: every mask there is, VOC's val taken out
-        train = own.union(p.stem for p in voc.glob("SegmentationClassAug/*.png")) - set(val)
+    fine = set(_list(lists / "train.txt"))
+    val = _list(lists / "val.txt")
+    own = fine.union(val)  # ids with masks of VOC's own; the others' are SBD's
+    train = own.union(p.stem for p in voc.glob("SegmentationClassAug/*.png")) - set(val)
 
-    def items(ids: list[str]) -> list[Item]:
-        found = []
-        for id in ids:
-            folder = "SegmentationClass" if id in own else "SegmentationClassAug"
-            found.append(Item(id, voc / f"JPEGImages/{id}.jpg", voc / folder / f"{id}.png"))
-        return found
+    def item(id: str) -> Item:
+        folder = "SegmentationClass" if id in own else "SegmentationClassAug"
+        return Item(id, voc / f"JPEGImages/{id}.jpg", voc / f"{folder}/{id}.png")
 
-    return Source("pascal", VOC_CLASSES, voc, items(sorted(train)), items(val), fine)
+    items = [item(id) for id in sorted(train)]
+    return Source("pascal", VOC_CLASSES, voc, items, [item(id) for id in val], fine)
 
 
 def _cityscapes(root: Path) -> Source:
@@ -176,22 +165,17 @@ def _cityscapes(root: Path) -> Source:
 
     source = Source("cityscapes", CITYSCAPES_CLASSES, root, items("train"), items("val"))
     if not source.train or not source.val:
-        what = "no leftImg8bit/{train,val}/*/*_leftImg8bit.png here"
-        where = "{leftImg8bit,gtFine}_trainvaltest.zip of https://www.cityscapes-dataset.com"
-        raise InputError(f"{root}: {what}; unpack {where} there")
+        zips = "{leftImg8bit,gtFine}_trainvaltest.zip of https://www.cityscapes-dataset.com"
+        raise InputError(f"{root}: no leftImg8bit/{{train,val}}/*/*_leftImg8bit.png; unpack {zips}")
     return source
 
 
 def _folder(root: Path) -> Source:
     names = root / "classes.txt"
-    if not os.path.isfile(names):
-        what = "classes.txt (a class name a line) and {train,val}/{images,masks}"
-        raise InputError(f"{names}: not found; a folder data set has {what}")
     classes = _list(names, blank=True)
     for k, name in enumerate(classes):
-        if not name or classes.index(name) < k:
-            what = f"repeats {name!r}" if name else "is blank"
-            raise InputError(f"{names}: line {k + 1} {what}; each line names the class of its id")
+        if not name or name in classes[:k]:
+            raise InputError(f"{names}: line {k + 1} is blank or repeats {name!r}; name each class")
     if not 1 <= len(classes) <= IGNORE:
         raise InputError(f"{names}: {len(classes)} classes; name 1 to 255, one a line")
     source = Source("folder", classes, root, [], [])
@@ -212,21 +196,13 @@ def _files(folder: Path, suffixes: list[str], left: dict[Path, str]) -> dict[str
     """Files of a folder with one of the suffixes, by stem. What else is there goes to `left`."""
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*"), key=lambda f: (f.stem, f.suffix)):
-        if path.name.startswith("."):
-            left[path] = "a hidden file"
-        elif path.is_dir():
-            left[path] = "a folder: images lie side by side"
-        elif path.suffix.lower() not in suffixes:
-            left[path] = f"its suffix is none of {' '.join(suffixes)}"
+        if path.name[0] == "." or path.is_dir() or path.suffix.lower() not in suffixes:
+            left[path] = f"no {' '.join(suffixes)} file"
         elif path.stem in found:
             raise InputError(f"{found[path.stem]} and {path.name}: one stem; rename one of them")
         else:
             found[path.stem] = path
     return found
-
-
-SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE, BUILT_IN = 512, 128, 96, Path("built in")
-VAL_PIXELS = 2**21  # of a val batch
 
 
 def _shapes(root: Path) -> Source:
@@ -240,8 +216,7 @@ def find_dataset(name: str | None, root: Path) -> str:
     if name or _pascal_root(root):
         return name or "pascal"
     if root is not ROOT:  # the default itself, not a --root data that was given
-        kind = "folder" if os.path.isfile(root / "classes.txt") else "folder, cityscapes or shapes"
-        raise InputError(f"--root {root}: no PASCAL VOC 2012 here; give --dataset {kind} too")
+        raise InputError(f"--root {root}: no PASCAL VOC 2012 here; give --dataset, e.g. folder")
     return "shapes"
 
 
@@ -253,11 +228,7 @@ def load_source(name: str, root: Path) -> Source:
 
 @functools.cache
 def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a built-in image from its index alone: ([96, 96, 3] uint8, [96, 96] uint8 label).
-
-    A class is a form filled with its own texture, at any size, place, angle and colour. Background:
-    gradients, plain clutter, and distractors: the same forms plain, the same textures formless.
-    """
+    """Draws a built-in image from its index alone: ([96, 96, 3] uint8, [96, 96] uint8 label)."""
     r, n = rng(0, "shapes", index), SHAPES_SIZE
     yy, xx = np.mgrid[:n, :n].astype(np.float32)
     label = np.zeros((n, n), np.uint8)
@@ -313,11 +284,9 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _open(path: Path, what: str, decode: bool = True) -> tuple[Image.Image, int]:
-    """A picture, upright, and the EXIF orientation that it was stored with (1 is upright).
+    """A picture, upright, and the EXIF orientation that it was stored with (2 to 8: not upright).
 
-    `decode` False: the header alone, as stored. InputError for what cannot be read, or is not read
-    as meant: over 8 bits a channel, of which Pillow keeps 8; see-through pixels;
-    masks that are no PNG, or of 2 or 4 bits of grey, which Pillow stretches to 0-255.
+    `decode` False: the header alone. InputError for what Pillow cannot read or would misread.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -325,21 +294,16 @@ def _open(path: Path, what: str, decode: bool = True) -> tuple[Image.Image, int]
             bits = getattr(image, "tag_v2", {}).get(258, 8)  # of a TIFF, for each channel
             if image.mode[0] in "IF" or re.search(";16[BLN]", stored) or np.max(bits) > 8:
                 raise ValueError("more than 8 bits a channel; save it with 8")
-            if what == "mask" and image.format != "PNG":
-                raise ValueError(f"{image.format}; save the class ids as an 8-bit PNG")
-            if what == "mask" and re.search("L;[24]", stored):
-                raise ValueError("fewer than 8 bits a pixel; save it with 8")
+            ids = image.format == "PNG" and image.mode in ("L", "P")
+            if what == "mask" and (not ids or re.search("L;[24]", stored)):
+                raise ValueError(f"{image.format} {stored}; save the class ids as an 8-bit PNG")
             noted = image.format != "PNG" or any("exif" in k or "xmp" in k for k in image.info)
             turn = image.getexif().get(274) if noted else 1  # it would decode a whole PNG
-            turn = turn if turn in range(1, 9) else 1
-            if decode or image.format == "TIFF":  # Pillow turns TIFF itself
-                image.load()
-            if decode and image.format != "TIFF" and turn > 1:
+            if decode or image.format == "TIFF":  # the size of a TIFF is upright once it is loaded
                 ImageOps.exif_transpose(image, in_place=True)
-            if decode and (image.mode[-1] in "aA" or "transparency" in image.info):
-                lowest = image.convert("RGBA").getextrema()[3][0]
-                if what == "image" and lowest < 255:
-                    raise ValueError("transparent pixels have no colour of their own; fill them")
+            clear = decode and (image.mode[-1] in "aA" or "transparency" in image.info)
+            if what == "image" and clear and image.convert("RGBA").getextrema()[3][0] < 255:
+                raise ValueError("transparent pixels have no colour of their own; fill them")
             return image, turn
     except Exception as e:  # Pillow raises many kinds for broken files
         raise InputError(f"{path}: no readable {what} ({e}); replace or remove it") from None
@@ -351,7 +315,7 @@ def _size(item: Item) -> tuple[int, int]:
     if isinstance(item.image, int):
         return SHAPES_SIZE, SHAPES_SIZE
     image, turn = _open(item.image, "image", decode=False)
-    return image.size[::-1] if turn > 4 and image.format != "TIFF" else image.size
+    return image.size[::-1] if turn in (5, 6, 7, 8) and image.format != "TIFF" else image.size
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -367,33 +331,21 @@ def read_image(item: Item) -> Image.Image:
 
 
 def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Image:
-    """The class-index mask of an item, mode L; size = (width, height) of its image.
-
-    InputError: unreadable, several channels, another size, a value that is no class and not 255.
-    """
+    """The class-index mask of an item, mode L; size = (width, height) of its image."""
     if isinstance(item.image, int):
         return Image.fromarray(draw_shapes(item.image)[1])
     mask, _ = _open(item.mask, "mask")
-    if mask.mode not in ("L", "P"):
-        why = f"mode {mask.mode}, not 8-bit class ids; map each colour to its class's id"
-        raise InputError(f"{item.mask}: {why}")
     mask = Image.frombytes("L", mask.size, mask.tobytes())  # palette indices, not colours
     if item.mask.name.endswith("_labelIds.png"):
         train_ids = {raw: k for k, raw in enumerate(CITYSCAPES_IDS)}
         mask = mask.point([train_ids.get(raw, IGNORE) for raw in range(256)])
     if mask.size != size:
-        why = " when turned upright, as its EXIF says" if mask.size == size[::-1] else ""
-        raise InputError(
-            f"{item.mask}: {mask.size} pixels, its image has {size}{why}; make them agree"
-        )
-    bad = [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]
-    if bad:
+        raise InputError(f"{item.mask}: {mask.size} pixels, its upright image {size}; mend one")
+    if bad := [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]:
         why = f"value {bad[0]}, but classes are 0 to {num_classes - 1} and 255 is ignored"
         remedy = "map it to one of these"
         if bad == [num_classes]:
-            remedy += (
-                "; if 0 is void and all ids are one too high, save 0 as 255 and the others - 1"
-            )
+            remedy = "if 0 is void and all ids are one too high, save 0 as 255 and id k as k - 1"
         raise InputError(f"{item.mask}: {why}; {remedy}")
     return mask
 
@@ -421,11 +373,7 @@ def load_split(args: argparse.Namespace) -> Split:
 
 
 def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Split:
-    """Labelled and unlabelled images by a fraction (1/8, full), a count (92) or a folder of lists.
-
-    Counts are rounded up, which gives the published ones (92 of 1464, 662 of 10582, 186 of 2975).
-    Draws are nested: 1/16 is part of 1/8. InputError names the value or the id that is wrong.
-    """
+    """Labelled and unlabelled images by a share (1/8, full), a count (92) or a folder of lists."""
     if os.path.isdir(split):
         labeled = _read_list(source, Path(split) / "labeled.txt")
         unlabeled = _read_list(source, Path(split) / "unlabeled.txt")
@@ -435,17 +383,17 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
         said = f"{protocol} protocol, " if source.name == "pascal" else ""
         said += f"--split {split}, --split-seed {split_seed}"
     if source.fine and all(i.id in source.fine for i in source.train):
-        if protocol != "classic":
-            why = f"{source.root} has no images of SBD; add them by python data.py --download"
-            raise InputError(f"--protocol {protocol}: {why}")
         said += " (no SBD: VOC's own images alone)"
+        if protocol != "classic":
+            raise InputError(f"{source.root}: {said}; add SBD by python data.py --download")
 
     seen = {}
     for part, items in (("val", source.val), ("labelled", labeled), ("unlabelled", unlabeled)):
         for item in items:
             if item.image in seen:
-                both = f"is listed as {seen[item.image]} and as {part} image; list it once"
-                raise InputError(f"{said}: {item.id} {both}")
+                raise InputError(
+                    f"{item.id}: a {seen[item.image]} and a {part} image; list it once"
+                )
             seen[item.image] = part
             files = (item.image,) if part == "unlabelled" else (item.image, item.mask)
             for file in files if source.name != "shapes" else ():
@@ -454,23 +402,20 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
                     raise InputError(f"{item.id}: {what}; add it or unlist the id")
 
     own = {(i.image, i.mask) for i in source.train}
-    lines = []
-    for i in labeled:  # lists may give an image another mask than the data set's
-        paths = [] if (i.image, i.mask) in own else [i.image, i.mask]
-        lines.append(" ".join([i.id, *(p.relative_to(source.root).as_posix() for p in paths)]))
-    lines += ["--", *(i.id for i in unlabeled)]
+    others = [i.mask for i in labeled if (i.image, i.mask) not in own]  # given by a list alone
+    lines = [i.id for i in labeled] + ["--"] + [i.id for i in unlabeled]
+    lines += [mask.relative_to(source.root).as_posix() for mask in others]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
     line = (
         f"{source.name}: {said}: {len(labeled)} labelled, {len(unlabeled)} unlabelled, "
         f"{len(source.val)} val images, {len(source.classes)} classes, lists {digest}"
     )
     notes = []
-    left: dict[tuple[Path, str], list[str]] = {}
-    for path, why in sorted(source.left.items()):
-        left.setdefault((path.parent, why), []).append(path.name)
-    for (folder, why), names in left.items():
-        more = ", ..." if len(names) > 3 else ""
-        notes.append(f"{folder}: {len(names)} left out ({why}): {', '.join(names[:3])}{more}")
+    if source.left:
+        why = "; ".join(sorted(set(source.left.values())))
+        notes.append(
+            f"{source.root}: {len(source.left)} files left out ({why}); data.py lists them"
+        )
     if unlisted := len({i.image for i in source.train} - seen.keys()):
         notes.append(f"{said}: {unlisted} training images are in neither list and left out")
     return Split(labeled, unlabeled, source.val, source.classes, digest, line, notes)
@@ -479,24 +424,17 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
 def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[Item], list[Item]]:
     pool = sorted((i for i in source.train if i.mask), key=lambda i: i.id)
     pool = [pool[k] for k in rng(seed, "split").permutation(len(pool))]
-    if source.fine and protocol != "blended":  # fine masks first; classic labels no others
-        pool.sort(key=lambda i: i.id not in source.fine)
-    classic = source.fine and protocol == "classic"
-    most = sum(i.id in source.fine for i in pool) if classic else len(pool)
-    if split == "full":
-        n = most
-    elif m := re.fullmatch(r"(\d{1,9})(?:/([1-9]\d{0,5}))?", split):
-        n = math.ceil(most * int(m[1]) / int(m[2])) if m[2] else int(m[1])
-    else:
-        kinds = "a fraction (1/8, full), a count (92) nor a folder of labeled.txt, unlabeled.txt"
-        raise InputError(f"--split {split}: neither {kinds}")
-    if not most:
-        left = f"({len(source.left)} files are left out)"
-        raise InputError(
-            f"{source.root}: no training image has a mask of its stem {left}; add some"
-        )
-    if not 0 < n <= most:
-        raise InputError(f"--split {split}: {n} labelled images, but it must be 1 to {most}")
+    if source.fine and protocol == "classic":
+        pool = [i for i in pool if i.id in source.fine]
+    elif protocol == "priority":
+        pool.sort(key=lambda i: i.id not in source.fine)  # fine masks first
+    m = re.fullmatch(r"(\d{1,9})(?:/([1-9]\d{0,5}))?", "1/1" if split == "full" else split)
+    if m is None:
+        raise InputError(f"--split {split}: give a share (1/8, full), a count or a folder of lists")
+    n = math.ceil(len(pool) * int(m[1]) / int(m[2])) if m[2] else int(m[1])  # as published
+    if not 0 < n <= len(pool):
+        of = f"of {len(pool)} that have a mask ({len(source.left)} files are left out)"
+        raise InputError(f"--split {split}: labels {n} images {of}; label at least 1, at most all")
     chosen = {i.id for i in pool[:n]}
     rest = [i for i in source.train if i.id not in chosen]
     return sorted(pool[:n], key=lambda i: i.id), sorted(rest, key=lambda i: i.id)
@@ -504,9 +442,8 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
 
 def _read_list(source: Source, path: Path) -> list[Item]:
     """Items of a list: `image mask` paths relative to the root, or bare ids, one a line."""
-    both = (*source.val, *source.train)  # where they share an id, a list means the training image
-    by_id = {i.id: i for i in both}
-    by_image = {i.image: i for i in both}
+    by_id = {i.id: i for i in (*source.val, *source.train)}  # of one id: the training image
+    by_image = {i.image: i for i in source.train}
     items = []
     for line in _list(path):
         words = [line] if line in by_id else line.replace("\\", "/").split()
@@ -522,62 +459,40 @@ def _read_list(source: Source, path: Path) -> list[Item]:
             if mask and (source.name == "folder" or os.path.isfile(mask)):
                 item = Item(item.id, image, mask)
         else:
-            a_file = Path(words[0]).suffix.lower() in SUFFIXES
-            item = by_id.get(words[0]) or by_id.get(Path(words[0]).stem if a_file else "")
+            item = by_id.get(words[0])
         if item is None:
             where = f"{source.name} {source.root}"
-            raise InputError(f"{path}: {words[0]!r} is not in {where}; remove it")
+            raise InputError(f"{path}: {words[0]!r} is not in {where}; give ids or paths of images")
         items.append(item)
     if not items:
         raise InputError(f"{path}: an empty list; give at least one image")
     return items
 
 
-def write_split(split: Split, root: Path, out: Path) -> None:
-    """Writes labeled.txt, unlabeled.txt: `image mask` paths relative to the root, or bare ids."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, items in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
-        lines = []
-        for i in items:
-            files = [p for p in (i.image, i.mask) if isinstance(p, Path) and p != BUILT_IN]
-            line = " ".join(p.relative_to(root).as_posix() for p in files)
-            lines.append(line if line.count(" ") < len(files) else i.id)  # no names with spaces
-        (out / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def look_at_masks(split: Split) -> None:
-    """Finds bad masks before the training does.
+    """InputError for a bad mask, or if none shows a class; looks at val masks for ten seconds."""
 
-    Reads labelled masks until one shows a value other than 0 and 255, then val masks for at most
-    ten seconds. InputError for the first bad mask, or if no labelled mask shows another value.
-    """
+    def holds_a_class(item: Item) -> bool:
+        mask = read_mask(item, _size(item), len(split.classes))
+        return any(mask.histogram()[1:IGNORE])
+
     if isinstance(split.val[0].image, int):
         return
-    for item in split.labeled:
-        mask = read_mask(item, _size(item), len(split.classes))
-        if any(mask.histogram()[1:IGNORE]):
-            break
-    else:
-        if len(split.classes) > 1:
-            what = f"the {len(split.labeled)} labelled masks hold nothing but 0 and 255 (ignored)"
-            remedy = "save each class as its id, a foreground as 1"
-            raise InputError(f"{split.labeled[0].mask.parent}: {what}; {remedy}")
+    if len(split.classes) > 1 and not any(holds_a_class(item) for item in split.labeled):
+        what = "the labelled masks hold nothing but 0 and 255 (ignored); save a foreground as 1"
+        raise InputError(f"{split.labeled[0].mask.parent}: {what}")
     end = time.monotonic() + 10
     for item in split.val:
-        read_mask(item, _size(item), len(split.classes))
+        holds_a_class(item)
         if time.monotonic() > end:
             break
 
 
-# --------------------------------------------------------------------------- training batches
+# --------------------------------------------------------------------------- batches
 
 
 def weak_view(
-    image: Image.Image,
-    mask: Image.Image | None,
-    crop: int,
-    scale: tuple[float, float],
-    r: Generator,
+    image: Image.Image, mask: Image.Image | None, crop: int, scale: tuple, r: Generator
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int, int, int]]:
     """Random scale, crop, flip (u; x with its y). Only the crop is resampled.
 
@@ -601,11 +516,9 @@ def weak_view(
         part = picture.resize((cw, ch), how, box)
         if flip:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if (cw, ch) != (crop, crop):
-            padded = Image.new(picture.mode, (crop, crop), fill)
-            padded.paste(part, (rect[1], 0))
-            part = padded
-        return np.asarray(part)
+        padded = Image.new(picture.mode, (crop, crop), fill)
+        padded.paste(part, (rect[1], 0))
+        return np.asarray(padded)
 
     u = cut(image, Image.Resampling.BILINEAR, FILL)
     y = None if mask is None else cut(mask, Image.Resampling.NEAREST, IGNORE)
@@ -613,10 +526,7 @@ def weak_view(
 
 
 def strong_params(r: Generator) -> list[float]:
-    """Draws a strong view: brightness, contrast, saturation, hue, grey, blur sigma; off = identity.
-
-    Colour jitter (0.5, 0.5, 0.5, 0.25) with p 0.8, grey p 0.2, Gaussian blur sigma 0.1-2.0 p 0.5.
-    """
+    """Draws brightness, contrast, saturation, hue, grey, blur sigma; off is the identity."""
     jitter = [*r.uniform(0.5, 1.5, 3), r.uniform(-0.25, 0.25)]
     jitter = jitter if r.random() < 0.8 else [1.0, 1.0, 1.0, 0.0]
     grey, sigma = float(r.random() < 0.2), r.uniform(0.1, 2.0)
@@ -641,15 +551,12 @@ def cutmix_box(crop: int, r: Generator) -> tuple[int, int, int, int]:
 class TrainBatches(Dataset):
     """One rank's share of the global batch of a step; the step is the index.
 
-    Item `step`: x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R], x_id; with `unlabeled` also
-    u, u_rect, u_id alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box)
-    and `order` of the four jitter ops, one for the whole global batch. `step` and `positions` (in
-    the global batch) say which samples these are.
+    x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R], x_id; with `unlabeled` u, u_rect, u_id
+    alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box) and the `order`
+    of the four jitter ops. `step` and `positions` in the global batch say which samples these are.
     """
 
-    def __init__(
-        self, split: Split, args: argparse.Namespace, rank=0, world=1, unlabeled=True
-    ) -> None:
+    def __init__(self, split: Split, args, rank=0, world=1, unlabeled=True) -> None:
         share = args.batch_size // world
         self.positions = list(range(rank * share, (rank + 1) * share))
         self.split, self.args, self.unlabeled = split, args, unlabeled
@@ -659,11 +566,9 @@ class TrainBatches(Dataset):
         self.views(batch, "x", self.pick(self.split.labeled, "labeled", step))
         if self.unlabeled:
             self.views(batch, "u", self.pick(self.split.unlabeled, "unlabeled", step))
-            strong, boxes = [], []
-            for v in (1, 2):
-                crop = self.args.crop_size
-                strong.append([strong_params(r) for r in self.rngs(f"strong{v}", step)])
-                boxes.append([cutmix_box(crop, r) for r in self.rngs(f"box{v}", step)])
+            crop = self.args.crop_size
+            strong = [[strong_params(r) for r in self.rngs(f"strong{v}", step)] for v in (1, 2)]
+            boxes = [[cutmix_box(crop, r) for r in self.rngs(f"box{v}", step)] for v in (1, 2)]
             batch["strong"] = torch.tensor(strong, dtype=torch.float32)
             batch["box"] = torch.tensor(boxes)
             batch["order"] = rng(self.args.seed, "order", step).permutation(4).tolist()
@@ -674,10 +579,7 @@ class TrainBatches(Dataset):
         return [rng(self.args.seed, stream, step, p) for p in self.positions]
 
     def pick(self, items: list[Item], stream: str, step: int) -> list[Item]:
-        """Epochs of shuffled images, incomplete last batches dropped.
-
-        No image is twice in a batch, unless there are fewer than its size; neighbours differ.
-        """
+        """Epochs of shuffled images, incomplete last batches dropped; no image twice in a batch."""
         size, n = self.args.batch_size, len(items)
         epoch, k = divmod(step, max(1, n // size))
         order = rng(self.args.seed, stream, epoch).permutation(n)
@@ -685,19 +587,15 @@ class TrainBatches(Dataset):
 
     def views(self, batch: dict, name: str, items: list[Item]) -> None:
         """Adds the weak views of x, with their labels y, or of u."""
-        images, labels, rects = [], [], []
+        views = []
         for item, r in zip(items, self.rngs(name, batch["step"]), strict=True):
-            image, mask = read_image(item), None
-            if name == "x":
-                mask = read_mask(item, image.size, len(self.split.classes))
-            view, label, rect = weak_view(image, mask, self.args.crop_size, self.args.scale, r)
-            images.append(view)
-            labels.append(label)
-            rects.append(rect)
-        batch[name] = torch.from_numpy(np.stack(images))
+            image = read_image(item)
+            mask = read_mask(item, image.size, len(self.split.classes)) if name == "x" else None
+            views.append(weak_view(image, mask, self.args.crop_size, self.args.scale, r))
+        batch[name] = torch.from_numpy(np.stack([view for view, _, _ in views]))
         if name == "x":
-            batch["y"] = torch.from_numpy(np.stack(labels))
-        batch[f"{name}_rect"] = torch.tensor(rects)
+            batch["y"] = torch.from_numpy(np.stack([label for _, label, _ in views]))
+        batch[f"{name}_rect"] = torch.tensor([rect for _, _, rect in views])
         batch[f"{name}_id"] = [item.id for item in items]
 
 
@@ -706,8 +604,7 @@ def _loaded(dataset: Dataset, steps: range, workers: int, device: torch.device) 
     loader = DataLoader(  # batch_size None: an item is a batch already
         dataset, None, sampler=steps, num_workers=workers, pin_memory=pin, worker_init_fn=_calm
     )
-    if workers > 0:
-        atexit.register(_end_workers)
+    atexit.register(_end_workers)
     try:
         yield from loader
         return
@@ -727,8 +624,7 @@ def _end_workers() -> None:
     if hasattr(signal, "SIGCHLD"):  # else torch reports their death as an error
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+        process.kill()
 
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:
@@ -738,14 +634,11 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device, non_blocking=True)
 
 
-def train_batches(
-    split: Split, args: argparse.Namespace, rank, world, start, device, unlabeled=True
-) -> Iterator[dict]:
+def train_batches(split: Split, args, rank, world, start, device, unlabeled=True) -> Iterator[dict]:
     """Yields this rank's TrainBatches from step `start` on, on the device.
 
-    x and u are [b, 3, H, W] float in [0, 1], y is int64. Made of the rectangles, as bool:
-    x_valid and u_valid [b, H, W], True where a crop holds image; cutmix [V, b, H, W], True where
-    a view is to be its partner's.
+    x and u are [b, 3, H, W] float in [0, 1], y is int64. Bool masks of the rectangles: x_valid and
+    u_valid [b, H, W], True on image; cutmix [V, b, H, W], True where a view is to be its partner's.
     """
     dataset, crop = TrainBatches(split, args, rank, world, unlabeled), args.crop_size
     for batch in _loaded(dataset, range(start, args.iters), args.workers, device):
@@ -753,42 +646,79 @@ def train_batches(
             if isinstance(value, Tensor):
                 batch[name] = to_device(value, device)
         batch["y"] = batch["y"].long()
-        rects = [batch["x_rect"]]
+        for name in ("x", "u") if unlabeled else ("x",):
+            batch[name] = batch[name].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
+            batch[f"{name}_valid"] = rect_mask(batch[f"{name}_rect"], crop, crop)
         if unlabeled:
-            rects += [batch["u_rect"], *batch["box"]]
-        masks = rect_mask(torch.cat(rects), crop, crop)
-        b = len(batch["x"])
-        batch["x"] = batch["x"].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
-        batch["x_valid"] = masks[:b]
-        if unlabeled:
-            batch["u"] = batch["u"].permute(0, 3, 1, 2).float() / 255
-            batch["u_valid"] = masks[b : 2 * b]
-            batch["cutmix"] = masks[2 * b :].unflatten(0, (-1, b))
+            inside = rect_mask(batch["box"].flatten(0, 1), crop, crop)
+            batch["cutmix"] = inside.unflatten(0, batch["box"].shape[:2])
         yield batch
 
 
-def check_shared_memory(
-    args: argparse.Namespace, world_on_this_machine: int, split: Split | None = None
-) -> None:
-    """InputError if /dev/shm cannot hold the batches that workers keep ready: they would wait.
+class ValBatches(Dataset):
+    """Every val image once, in batches of one padded size that do not depend on who reads them.
 
-    With a split, val batches count too: the training's wait in memory during an evaluation.
+    image [b, H, W, 3] uint8, label [b, H, W] uint8, both padded at the right and bottom (label 255)
+    to the smallest size congruent to `crop` modulo `grid`: aligned corners then put cells as in a
+    training crop. size [(height, width)] before padding, id [b]. At most `most` images, VAL_PIXELS.
     """
+
+    def __init__(self, items: list[Item], num_classes: int, grid: int, crop=0, most=16) -> None:
+        self.items, self.num_classes, self.grid, self.crop = items, num_classes, grid, crop
+        buckets: dict[tuple[int, int], list[Item]] = {}
+        for item in items:
+            buckets.setdefault(self.padded(_size(item)), []).append(item)
+        self.batches = []
+        for (h, w), members in buckets.items():
+            n = max(1, min(most, VAL_PIXELS // (h * w)))
+            self.batches += [members[i : i + n] for i in range(0, len(members), n)]
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of an image to the (height, width) that it is evaluated at."""
+        width, height = size
+        return height + (self.crop - height) % self.grid, width + (self.crop - width) % self.grid
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> dict:
+        items = self.batches[k]
+        height, width = self.padded(_size(items[0]))
+        image = np.full((len(items), height, width, 3), FILL, np.uint8)
+        label = np.full((len(items), height, width), IGNORE, np.uint8)
+        sizes = []
+        for b, item in enumerate(items):
+            picture = read_image(item)
+            w, h = picture.size
+            image[b, :h, :w] = picture
+            label[b, :h, :w] = read_mask(item, (w, h), self.num_classes)
+            sizes.append((h, w))
+        batch = {"size": sizes, "id": [item.id for item in items]}
+        return batch | {"image": torch.from_numpy(image), "label": torch.from_numpy(label)}
+
+
+def val_batches(dataset: ValBatches, rank, world, workers, device) -> Iterator[dict]:
+    """Yields a rank's share of the val batches: image [b, 3, H, W] normalised, label int64."""
+    for batch in _loaded(dataset, range(rank, len(dataset), world), workers, device):
+        image = to_device(batch["image"], device).permute(0, 3, 1, 2)
+        batch["image"] = normalize(image.float() / 255)
+        batch["label"] = to_device(batch["label"], device).long()
+        yield batch
+
+
+def check_shared_memory(args: argparse.Namespace, ranks: int, split: Split) -> None:
+    """InputError if /dev/shm cannot hold the batches that workers of this machine's ranks keep."""
     if args.workers == 0 or not os.path.isdir("/dev/shm"):
         return
-    samples = args.batch_size // world_on_this_machine  # of a rank
-    need = samples * args.crop_size**2 * 7  # x and u of three bytes a pixel, y of one
-    if split is not None:
-        width, height = _size(split.val[0])
-        need += 4 * max(width * height, min(VAL_PIXELS, 16 * width * height))
-    need = (need + 2**16) * (2 * args.workers + 1) * world_on_this_machine  # two a worker wait
+    width, height = _size(split.val[0])
+    need = args.batch_size // ranks * args.crop_size**2 * 7  # bytes a pixel: x, u 3 each, y 1
+    need += 4 * max(width * height, min(VAL_PIXELS, 16 * width * height))
+    need = (need + 2**16) * (2 * args.workers + 1) * ranks  # two a worker wait
     free = shutil.disk_usage("/dev/shm").free
     if free < need:
-        have = (
-            f"/dev/shm has {free / 2**20:.1f} MB free, the workers' batches take {need / 2**20:.1f}"
-        )
-        more = f"docker run --shm-size {math.ceil(need / 2**30)}g"
-        raise InputError(f"{have}; give --workers 0, or start the container by {more}")
+        what = f"{free / 2**20:.1f} MB free, the workers' batches take {need / 2**20:.1f}"
+        remedy = f"the container by docker run --shm-size {math.ceil(need / 2**30)}g"
+        raise InputError(f"/dev/shm has {what}; give --workers 0, or start {remedy}")
 
 
 # --------------------------------------------------------------------------- on the device
@@ -815,15 +745,11 @@ def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def strong_views(u: Tensor, strong: Tensor, order: list[int]) -> Tensor:
-    """Strong views [V, B, 3, H, W] of u [B, 3, H, W] in [0, 1] by strong [V, B, 6] (strong_params).
-
-    The ops and their formulas are torchvision's, with parameters per image; the order of the four
-    jitter ops is one for the whole batch, drawn anew each step.
-    """
+    """[V, B, 3, H, W] strong views of u [B, 3, H, W] in [0, 1] by strong [V, B, 6]."""
     views, b = strong.shape[:2]
     x = u.repeat(views, 1, 1, 1)  # [VB, 3, H, W]
     brightness, contrast, saturation, hue, grey, sigma = strong.reshape(-1, 6, 1, 1, 1).unbind(1)
-    for op in order:
+    for op in order:  # the formulas are torchvision's
         if op == 0:
             x = (x * brightness).clamp(0, 1)
         elif op == 1:
@@ -866,63 +792,6 @@ def _gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 6) -> Tensor:
     return maps.view(x.shape)
 
 
-# --------------------------------------------------------------------------- evaluation batches
-
-
-class ValBatches(Dataset):
-    """Every val image once, in batches of one padded size that do not depend on who reads them.
-
-    Item k: image [b, H, W, 3] uint8 and label [b, H, W] uint8, padded at the right and bottom to
-    the smallest size that is congruent to `crop` modulo `grid` (label 255 there), size
-    [(height, width)] before padding, id [b]. Aligned corners then put the cells of an image where
-    those of a training crop lie. A batch has at most `most` images and VAL_PIXELS pixels.
-    """
-
-    def __init__(self, items: list[Item], num_classes: int, grid: int, crop=0, most=16) -> None:
-        self.items, self.num_classes, self.grid, self.crop = items, num_classes, grid, crop
-        buckets: dict[tuple[int, int], list[Item]] = {}
-        for item in items:
-            buckets.setdefault(self.padded(_size(item)), []).append(item)
-        self.batches = []
-        for (h, w), members in buckets.items():
-            n = max(1, min(most, VAL_PIXELS // (h * w)))
-            self.batches += [members[i : i + n] for i in range(0, len(members), n)]
-
-    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) of an image to the (height, width) that it is evaluated at."""
-        width, height = size
-        return height + (self.crop - height) % self.grid, width + (self.crop - width) % self.grid
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, k: int) -> dict:
-        items = self.batches[k]
-        height, width = self.padded(_size(items[0]))
-        image = np.full((len(items), height, width, 3), FILL, np.uint8)
-        label = np.full((len(items), height, width), IGNORE, np.uint8)
-        sizes = []
-        for b, item in enumerate(items):
-            picture = read_image(item)
-            w, h = picture.size
-            image[b, :h, :w] = picture
-            label[b, :h, :w] = read_mask(item, (w, h), self.num_classes)
-            sizes.append((h, w))
-        batch = {"size": sizes, "id": [item.id for item in items]}
-        return batch | {"image": torch.from_numpy(image), "label": torch.from_numpy(label)}
-
-
-def val_batches(
-    dataset: ValBatches, rank: int, world: int, workers: int, device: torch.device
-) -> Iterator[dict]:
-    """Yields a rank's share of the val batches: image [b, 3, H, W] normalised, label int64."""
-    for batch in _loaded(dataset, range(rank, len(dataset), world), workers, device):
-        image = to_device(batch["image"], device).permute(0, 3, 1, 2)
-        batch["image"] = normalize(image.float() / 255)
-        batch["label"] = to_device(batch["label"], device).long()
-        yield batch
-
-
 # ------------------------------------------------------------------ pictures and command line
 
 
@@ -946,77 +815,42 @@ def check(source: Source) -> tuple[list[str], list[str]]:
             if item.mask:
                 mask = read_mask(item, image.size, len(source.classes))
                 seen |= {v for v, n in enumerate(mask.histogram()) if n}
-            if isinstance(item.image, Path):
-                turn = _open(item.image, "image", decode=False)[1]
-                if turn > 1:
-                    notes.append(f"{item.image}: turned upright, by its EXIF orientation {turn}")
+            turn = 1 if item.mask == BUILT_IN else _open(item.image, "image", decode=False)[1]
+            if turn in range(2, 9):
+                notes.append(f"{item.image}: turned upright, by its EXIF orientation {turn}")
         except InputError as e:
             faults.append(str(e))
-    absent = [name for k, name in enumerate(source.classes) if k not in seen]
-    if absent:
+    if absent := [name for k, name in enumerate(source.classes) if k not in seen]:
         notes.append(f"in no mask: {', '.join(absent)}; was such a class saved as 255?")
     return faults, notes
 
 
 def download(root: Path) -> None:
-    """Fetches VOC 2012 and SBD by torchvision; writes SegmentationClassAug, trainaug.txt."""
+    """Fetches VOC 2012 and SBD by torchvision; writes SBD's masks to SegmentationClassAug."""
+    from scipy.io import loadmat  # SBD's masks are .mat files
     from torchvision.datasets import SBDataset, VOCSegmentation
 
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise InputError("SBD's masks are .mat files: pip install scipy, then again") from None
-    sbd = root / "sbd"
-    fetch = not (sbd / "cls").is_dir()
-    try:
-        VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
-        SBDataset(str(sbd), image_set="train", mode="segmentation", download=fetch)
-    except (OSError, RuntimeError) as e:
-        raise InputError(f"{root}: not fetched ({e}); see to network, disk; try again") from None
+    mat = root / "sbd/cls"
+    VOCSegmentation(str(root), year="2012", image_set="trainval", download=True)
+    SBDataset(str(root / "sbd"), mode="segmentation", download=not mat.is_dir())
     voc = _pascal_root(root)
-    lists, aug = voc / "ImageSets/Segmentation", voc / "SegmentationClassAug"
+    aug = voc / "SegmentationClassAug"
     aug.mkdir(exist_ok=True)
-    fine = _list(lists / "train.txt")
-    stems = {p.stem for p in (sbd / "cls").glob("*.mat")}
-    extra = sorted(stems.difference(fine, _list(lists / "val.txt")))
-    for id in fine:
-        shutil.copy(voc / f"SegmentationClass/{id}.png", aug)
+    own = _list(voc / "ImageSets/Segmentation/trainval.txt")
+    extra = sorted({p.stem for p in mat.glob("*.mat")}.difference(own))
     for id in tqdm(extra, unit="mask", disable=None):
-        mask = loadmat(sbd / f"cls/{id}.mat")["GTcls"]["Segmentation"][0, 0]
-        Image.fromarray(mask.astype(np.uint8)).save(aug / f"{id}.png")
-    (lists / "trainaug.txt").write_text("\n".join(sorted([*fine, *extra])) + "\n")
-    print(f"{voc}: masks: VOC {len(fine)} (published: 1464), SBD {len(extra)} (published: 9118)")
+        label = loadmat(mat / f"{id}.mat")["GTcls"]["Segmentation"][0, 0].astype(np.uint8)
+        Image.fromarray(label).save(aug / f"{id}.png")
+    print(f"{voc}: {len(extra)} masks of SBD beside {len(own)} of VOC (published: 9118, 2913)")
 
 
-def preview(source: Source, crop: int, scale: tuple[float, float], seed: int, path: Path) -> None:
-    """Writes a picture, an image a row: weak view, two strong views, CutMix of the first, label."""
-    items = [i for i in source.train if i.mask][:8]
-    if not items or path.suffix.lower() not in SUFFIXES:
-        what = f"{path} is no .png file" if items else f"{source.root} has no mask of a train image"
-        raise InputError(f"--preview: {what}; give one")
-    split = Split(items, items, [], source.classes, "", "", [])
-    args = argparse.Namespace(seed=seed, crop_size=crop, scale=scale, batch_size=8)
-    args.iters, args.workers = 1, 0
-    batch = next(train_batches(split, args, 0, 1, 0, torch.device("cpu")))
-    u1, u2 = strong_views(batch["u"], batch["strong"], batch["order"])
-    box = rect_mask(batch["box"][0], crop, crop)[:, None]  # [B, 1, H, W]
-    mixed = torch.where(box, u1[torch.arange(8) ^ 1], u1)
-    labels = torch.from_numpy(palette()[batch["y"].numpy()]).permute(0, 3, 1, 2) / 255
-    columns = torch.cat([batch["u"], u1, u2, mixed, batch["x"], labels], 3)  # [B, 3, H, 6W]
-    rows = (columns.permute(0, 2, 3, 1).flatten(0, 1) * 255).round().byte()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rows.numpy()).save(path)
-
-
-def number(kind: type, above: float = -1, least: float = 0, most: float = math.inf) -> Callable:
-    """An argparse type: a finite int or float with above < value, least <= value <= most."""
+def number(kind: type, least: float = 0, most: float = math.inf) -> Callable:
+    """An argparse type: a finite int or float with least <= value <= most."""
 
     def parse_number(text: str) -> float:
         value = kind(text)
-        if not (above < value < math.inf and least <= value <= most):
-            low = f"above {above:g}" if above >= 0 else f"at least {least:g}"
-            high = f", at most {most:g}" if most < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {low}{high}")
+        if not (least <= value <= most and value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {least:g} to {most:g}")
         return value
 
     parse_number.__name__ = kind.__name__  # argparse says "invalid float value"
@@ -1024,58 +858,43 @@ def number(kind: type, above: float = -1, least: float = 0, most: float = math.i
 
 
 COUNT, STEPS = number(int), number(int, least=1)
-WEIGHT, POSITIVE, SHARE = number(float), number(float, above=0), number(float, most=1)
+WEIGHT, POSITIVE, SHARE = number(float), number(float, least=1e-12), number(float, most=1)
 
 
-def add_flags(a: Callable) -> None:
-    """The flags of a data set and its split, by a parser's (or a group's) add_argument."""
-    a("--dataset", choices=tuple(PRESETS), help="unset: pascal if under --root, else shapes")
-    a("--root", type=Path, default=ROOT, help="folder of the data set")
-    a("--protocol", choices=PROTOCOLS, default="classic", help="which VOC masks are labelled")
-    a("--split", default="1/16", help="labelled: a share, full, a count, or a folder of lists")
-    a("--split-seed", type=COUNT, default=0, help="draws the split, unless that is a folder")
+def add_flags(group: argparse._ActionsContainer) -> None:
+    """The flags of a data set and its split, for a parser or a group of it."""
+    group.add_argument("--dataset", choices=tuple(PRESETS), help="unset: VOC at --root, or shapes")
+    group.add_argument("--root", type=Path, default=ROOT, help="folder of the data set")
+    group.add_argument("--protocol", choices=PROTOCOLS, default="classic", help="VOC's labelled")
+    group.add_argument("--split", default="1/16", help="labelled: share, full, count, list folder")
+    group.add_argument("--split-seed", type=COUNT, default=0, help="draws a share or count")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of `python data.py`."""
     p = argparse.ArgumentParser(description="Checks a data set: opens all files, lists faults.")
     p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    add_flags(p.add_argument)
+    add_flags(p)
     p.add_argument("--download", action="store_true", help="first fetch VOC 2012 and SBD")
-    p.add_argument("--preview", type=Path, metavar="PNG", help="write a picture of views, and stop")
-    p.add_argument(
-        "--write-split", type=Path, metavar="DIR", help="write --split's lists, and stop"
-    )
     return p
 
 
 def main() -> None:
     args = make_parser().parse_args()
     if args.download:
-        if args.dataset not in (None, "pascal"):
-            raise InputError(f"--download: fetches VOC alone; {args.dataset} has its own place")
         download(args.root)
-    name = find_dataset(args.dataset, args.root)
-    source = load_source(name, args.root)
-    if args.preview:
-        crop, scale = PRESETS[name]["crop_size"], PRESETS[name]["scale"]
-        preview(source, crop, scale, args.split_seed, args.preview)
-        print(f"{args.preview}: u | u1 | u2 | CutMix of u1 | x | y; one image a row")
-    elif args.write_split:
-        split = make_split(source, args.split, args.split_seed, args.protocol)
-        write_split(split, source.root, args.write_split)
-        print(split.line, *split.notes, f"written to {args.write_split}", sep="\n")
-    else:
-        faults, notes = check(source)
-        counts = f"{len(source.train)} train, {len(source.val)} val images"
-        print(*notes, *faults, f"{name}: {counts}, {len(faults)} faults", sep="\n")
-        if faults:
-            raise SystemExit(1)
+    args.dataset = find_dataset(args.dataset, args.root)
+    source = load_source(args.dataset, args.root)
+    faults, notes = check(source)
+    print(*notes, *faults, f"{args.dataset}: {len(faults)} faults", sep="\n")
+    if faults:
+        sys.exit(1)
+    print(load_split(args).line)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError) as e:  # an OSError is of a file to write, or of the network
+    except (InputError, OSError, ImportError, RuntimeError) as e:  # the last two: of --download
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -186,7 +186,7 @@ def augmented_logits(
     """
     own = z[len(y) :].detach().argmax(1)
     label = torch.cat([y, own]).where(valid, data.IGNORE)
-    stats.update(halve(f.detach()), label)
+    stats.update(halve(f.detach().float()), label)
     return augment(z, label, net.classifier.weight, stats.var, strength)
 
 

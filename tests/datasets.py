@@ -69,7 +69,7 @@ def save_palette(path: Path, label: np.ndarray) -> None:
     image.save(path)
 
 
-def make_pascal(root: Path, trainaug: bool = True) -> Path:
+def make_pascal(root: Path) -> Path:
     """VOC layout: 8 train images of which 5 in train.txt, 2 val images, palette masks."""
     voc = root / "VOCdevkit/VOC2012"
     for i, id in enumerate(VOC_TRAIN + VOC_VAL):
@@ -81,8 +81,7 @@ def make_pascal(root: Path, trainaug: bool = True) -> Path:
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("\n".join(VOC_TRAIN[:5]) + "\n")
     (lists / "val.txt").write_text("\n".join(VOC_VAL) + "\n")
-    if trainaug:
-        (lists / "trainaug.txt").write_text("\n".join(VOC_TRAIN) + "\n")
+    (lists / "trainval.txt").write_text("\n".join(VOC_TRAIN[:5] + VOC_VAL) + "\n")
     return root
 
 

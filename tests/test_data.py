@@ -2,8 +2,8 @@
 
 import itertools
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision.datasets
 import torchvision.transforms.functional as TF
 from datasets import (
     VOC_TRAIN,
@@ -53,8 +54,6 @@ def deadline():
 
 # --------------------------------------------------------------------------- strong views
 
-IDENTITY = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
-
 
 def reference_view(image: torch.Tensor, params: list[float], order: list[int]) -> torch.Tensor:
     """One strong view of [3, H, W] by torchvision, step by step."""
@@ -83,54 +82,16 @@ def colours(b: int, h: int, w: int) -> torch.Tensor:
     return (x * 255).round() / 255
 
 
-ALONE = {
-    "brightness": (0, [0.5, 0.8, 1.0, 1.5]),
-    "contrast": (1, [0.5, 0.8, 1.0, 1.5]),
-    "saturation": (2, [0.5, 0.8, 1.0, 1.5]),
-    "hue": (3, [-0.25, -0.1, 0.0, 0.25]),
-    "grey": (4, [0.0, 1.0, 1.0, 0.0]),
-    "blur": (5, [0.0, 0.1, 0.9, 2.0]),
-}
-
-
-@pytest.mark.parametrize("op", ALONE)
-def test_strong_op_alone_agrees_with_torchvision(op):
-    at, values = ALONE[op]
-    u = colours(len(values), 24, 32)
-    params = torch.tensor([IDENTITY] * len(values))
-    params[:, at] = torch.tensor(values)
-    got = data.strong_views(u, params[None], [0, 1, 2, 3])[0]
-    want = torch.stack([reference_view(i, p, [0, 1, 2, 3]) for i, p in zip(u, params, strict=True)])
-    assert (want - u).abs().max() > 0.2  # the op does something
-    assert (got - want).abs().max() < 1e-4  # 1/255 is allowed; the formulas are the same
-
-
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1], [1, 3, 0, 2]])
 def test_strong_chain_agrees_with_torchvision(order):
     u = colours(8, 24, 32)
     strong = [[data.strong_params(data.rng(7, "v", v, b)) for b in range(8)] for v in (1, 2)]
-    got = data.strong_views(u, torch.tensor(strong), order)
+    got = data.strong_views(u, torch.tensor(strong, dtype=torch.float32), order)
     assert got.shape == (2, 8, 3, 24, 32)
     for v, b in itertools.product(range(2), range(8)):
         want = reference_view(u[b], strong[v][b], order)
         assert (got[v, b] - want).abs().max() < 1e-4, (v, b)  # 6/255 are allowed
     assert (got[0] - got[1]).abs().max() > 0.1
-
-
-def test_the_order_of_the_jitter_ops_counts():
-    u, strong = colours(1, 24, 32), torch.tensor([[[1.5, 0.5, 1.5, 0.2, 0, 0]]])
-    views = [data.strong_views(u, strong, list(o)) for o in itertools.permutations(range(4))]
-    for a, b in ((0, 6), (0, 23)):  # 0123 against 1023 and 3210
-        assert (views[a] - views[b]).abs().max() > 0.02
-
-
-def test_each_image_has_parameters_of_its_own():
-    u = colours(1, 24, 32).repeat(3, 1, 1, 1)
-    params = torch.tensor([IDENTITY, (0.5, 1, 1, 0, 0, 0), IDENTITY])
-    got = data.strong_views(u, params[None], [0, 1, 2, 3])[0]
-    assert torch.allclose(got[1], u[0] * 0.5, atol=1e-6)
-    assert torch.allclose(got[0], u[0], atol=1e-6)
-    assert torch.allclose(got[2], u[0], atol=1e-6)
 
 
 def near(share: float, p: float, n: int) -> bool:
@@ -221,39 +182,6 @@ def test_weak_view_is_a_crop_of_the_scaled_image(size, crop, scale):
         assert (y[outside] == 255).all()
         assert (u[outside] == data.FILL).all()
     assert flips == {False, True}
-
-
-@pytest.mark.parametrize("axis", ["x", "y"])
-def test_image_and_label_stay_aligned(axis):
-    """Picture and mask both hold the coordinate of each pixel, so they can be compared anywhere."""
-    ramp = np.tile(np.arange(100, dtype=np.uint8), (100, 1))
-    ramp = ramp if axis == "x" else ramp.T
-    image, mask = Image.fromarray(np.stack([ramp] * 3, 2)), Image.fromarray(ramp)
-    errors = []
-    for k in range(60):
-        u, y, (top, left, bottom, right) = data.weak_view(
-            image, mask, 48, (0.5, 2.0), data.rng(k, "align")
-        )
-        inside = np.s_[top:bottom, left:right]
-        error = u[inside][..., 0].astype(int) - y[inside]
-        assert abs(error).max() <= 1
-        errors.append(error.mean())
-    assert abs(np.mean(errors)) < 0.3
-
-
-def test_class_colours_stay_with_their_class():
-    label = blobs(3, 5, (80, 60))
-    table = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
-    image, mask = Image.fromarray(table[label]), Image.fromarray(label)
-    for k in range(20):
-        u, y, rect = data.weak_view(image, mask, 48, (0.8, 1.25), data.rng(k, "t"))
-        top, left, bottom, right = rect
-        u, y = u[top:bottom, left:right], y[top:bottom, left:right]
-        views = [np.roll(y, s, (0, 1)) == y for s in itertools.product(range(-2, 3), range(-2, 3))]
-        flat = np.all(views, 0)  # no other class within two pixels
-        flat[:2] = flat[-2:] = flat[:, :2] = flat[:, -2:] = False
-        assert flat.mean() > 0.2
-        assert (u[flat] == table[y[flat]]).all()
 
 
 def test_weak_view_draws_scales_flips_and_places_evenly():
@@ -353,13 +281,11 @@ CITY = {"name": "cityscapes", "train": 2975}
 COUNTS = [  # protocol, split, source, labelled, of them with fine masks (None: by chance)
     ("classic", "1/16", VOC, 92, 92),
     ("classic", "1/8", VOC, 183, 183),
-    ("classic", "1/4", VOC, 366, 366),
     ("classic", "1/2", VOC, 732, 732),
     ("classic", "full", VOC, 1464, 1464),
     ("classic", "92", VOC, 92, 92),
     ("blended", "1/16", VOC, 662, None),
     ("blended", "1/8", VOC, 1323, None),
-    ("blended", "1/4", VOC, 2646, None),
     ("blended", "1/2", VOC, 5291, None),
     ("priority", "1/16", VOC, 662, 662),
     ("priority", "1/8", VOC, 1323, 1323),
@@ -367,7 +293,6 @@ COUNTS = [  # protocol, split, source, labelled, of them with fine masks (None: 
     ("priority", "1/2", VOC, 5291, 1464),
     ("classic", "1/16", CITY, 186, 0),
     ("classic", "1/8", CITY, 372, 0),
-    ("classic", "1/4", CITY, 744, 0),
     ("classic", "1/2", CITY, 1488, 0),
 ]
 
@@ -484,38 +409,6 @@ def test_cityscapes_list(tmp_path, raw):
     assert bare.hash == made.hash
 
 
-MAKERS = {
-    "pascal": make_pascal,
-    "cityscapes": make_cityscapes,
-    "folder": make_folder,
-    "shapes": lambda root: root,
-}
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_written_split_reads_back(tmp_path, name):
-    source = data.load_source(name, MAKERS[name](tmp_path / "root"))
-    made = data.make_split(source, "2", 3, "priority")
-    data.write_split(made, source.root, tmp_path / "lists")
-    again = data.make_split(source, str(tmp_path / "lists"), 0, "classic")
-    assert again.labeled == made.labeled
-    assert [(i.id, i.image) for i in again.unlabeled] == [(i.id, i.image) for i in made.unlabeled]
-    assert again.hash == made.hash
-
-
-def test_written_split_reads_back_names_with_spaces_and_dots(tmp_path):
-    root = make_folder(tmp_path / "root")
-    for i in range(8):
-        for file in (root / "train").glob(f"*/t{i:02d}.*"):
-            file.rename(file.with_name(f"shot 3.{i}{file.suffix}"))
-    source = data.load_source("folder", root)
-    made = data.make_split(source, "2", 3, "classic")
-    data.write_split(made, source.root, tmp_path / "lists")
-    again = data.make_split(source, str(tmp_path / "lists"), 0, "classic")
-    assert again.labeled == made.labeled
-    assert again.hash == made.hash
-
-
 def test_train_and_val_may_use_the_same_names(tmp_path):
     """A listed train image must not get the mask of the val image of the same name."""
     root = make_folder(tmp_path / "root")
@@ -532,18 +425,15 @@ def test_train_and_val_may_use_the_same_names(tmp_path):
 LIST_ERRORS = [  # labelled lines, unlabelled lines, what the message must contain
     ([VOC_TRAIN[0]], [VOC_TRAIN[1], VOC_TRAIN[0]], VOC_TRAIN[0]),  # overlap
     ([voc_line(VOC_TRAIN[0])], [VOC_TRAIN[0]], VOC_TRAIN[0]),  # overlap, in two formats
-    ([VOC_VAL[0]], VOC_TRAIN[:2], VOC_VAL[0]),
     ([voc_line(VOC_VAL[1])], VOC_TRAIN[:2], VOC_VAL[1]),
     (VOC_TRAIN[:2], [VOC_VAL[0]], VOC_VAL[0]),
     ([], VOC_TRAIN[:2], "labeled.txt"),  # empty
     (VOC_TRAIN[:2], [], "unlabeled.txt"),
-    (["2007_999999"], VOC_TRAIN[:2], "2007_999999"),  # no such image
     ([voc_line("2007_999999")], VOC_TRAIN[:2], "2007_999999"),
     (VOC_TRAIN[:2], [voc_line("2007_999999")], "2007_999999"),
     ([VOC_TRAIN[0]] * 2, VOC_TRAIN[1:2], VOC_TRAIN[0]),  # twice
     (["/etc/passwd"], VOC_TRAIN[:2], "/etc/passwd"),
     ([f"JPEGImages/{VOC_TRAIN[0]}.jpg /etc/passwd"], VOC_TRAIN[1:2], "/etc/passwd"),
-    (["../../secret.jpg"], VOC_TRAIN[:2], "../../secret.jpg"),
     ([f"JPEGImages/../../{VOC_TRAIN[0]}.jpg"], VOC_TRAIN[1:2], "JPEGImages/../../"),
     (VOC_TRAIN[:2], [f"JPEGImages/{VOC_TRAIN[3]}.jpg ../x.png"], "../x.png"),
     (VOC_TRAIN[:2], ["JPEGImages/" + "a" * 300 + ".jpg"], "aaa"),  # no file system has such names
@@ -559,29 +449,16 @@ def test_list_errors_name_the_id(tmp_path, labeled, unlabeled, said):
     assert "\n" not in str(e.value)
 
 
-def test_drawn_split_from_a_list_with_an_id_twice(tmp_path):
-    root = make_pascal(tmp_path / "voc")
-    for name in ("trainaug", "train"):
-        path = root / f"VOCdevkit/VOC2012/ImageSets/Segmentation/{name}.txt"
-        path.write_text(path.read_text() + VOC_TRAIN[1] + "\n")
-    split = data.make_split(data.load_source("pascal", root), "full", 0, "classic")
-    assert [i.id for i in split.labeled] == VOC_TRAIN[:5]
+LOST = {"leftImg8bit/val": "val", "gtFine/val": "val", "leftImg8bit/train": "(un)?labelled"}
 
 
-def test_drawn_split_with_a_missing_file(tmp_path):
-    root = make_pascal(tmp_path / "voc")
-    (root / f"VOCdevkit/VOC2012/JPEGImages/{VOC_TRAIN[7]}.jpg").unlink()
-    with pytest.raises(InputError, match=VOC_TRAIN[7]):
-        data.make_split(data.load_source("pascal", root), "2", 0, "classic")
-
-
-@pytest.mark.parametrize("what", ["leftImg8bit", "gtFine"])
-def test_val_images_without_a_file_are_found_before_training(what, tmp_path):
+@pytest.mark.parametrize("where", LOST)
+def test_files_that_are_lost_are_found_before_training(where, tmp_path):
     root = make_cityscapes(tmp_path / "city")
-    lost = next(p for p in sorted(root.glob(f"{what}/val/*/*")) if "color" not in p.name)
     source = data.load_source("cityscapes", root)
+    lost = min(root.glob(f"{where}/*/*"))
     lost.unlink()
-    with pytest.raises(InputError, match=f"val image; there is no .*{lost.name}"):
+    with pytest.raises(InputError, match=f"{LOST[where]} image; there is no .*{lost.name}"):
         data.make_split(source, "2", 0, "classic")
 
 
@@ -590,7 +467,7 @@ def test_val_image_that_is_listed_twice(tmp_path):
     root = make_pascal(tmp_path / "voc")
     path = root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
     path.write_text(path.read_text() + VOC_VAL[0] + "\n")
-    with pytest.raises(InputError, match=f"{VOC_VAL[0]} is listed as val and as val"):
+    with pytest.raises(InputError, match=f"{VOC_VAL[0]}: a val and a val image"):
         data.make_split(data.load_source("pascal", root), "2", 0, "classic")
 
 
@@ -598,13 +475,12 @@ def test_voc_without_sbd(tmp_path):
     """Guards: the blended protocol's name over the classic one's images."""
     root = make_pascal(tmp_path / "voc")
     voc = root / "VOCdevkit/VOC2012"
-    (voc / "ImageSets/Segmentation/trainaug.txt").unlink()
     for path in (voc / "SegmentationClassAug").iterdir():
         path.unlink()
     source = data.load_source("pascal", root)
     assert "no SBD" in data.make_split(source, "2", 0, "classic").line
     for protocol in ("blended", "priority"):
-        with pytest.raises(InputError, match=f"--protocol {protocol}.*--download"):
+        with pytest.raises(InputError, match=f"{protocol} protocol.*no SBD.*--download"):
             data.make_split(source, "2", 0, protocol)
 
 
@@ -619,15 +495,6 @@ def test_lists_with_other_masks_are_other_write_lists(tmp_path):
         )
         hashes.append(data.make_split(source, place, 0, "classic").hash)
     assert hashes[0] == hashes[2] != hashes[1]
-
-
-def test_an_id_with_a_dot_is_not_cut(tmp_path):
-    source = data.load_source("folder", make_folder(tmp_path / "f"))
-    place = write_lists(tmp_path / "l", ["t00.crop7"], ["t06", "t07"])
-    with pytest.raises(InputError, match="'t00.crop7' is not in"):
-        data.make_split(source, place, 0, "classic")
-    split = data.make_split(source, write_lists(tmp_path / "k", ["t00.jpg"], ["t06"]), 0, "classic")
-    assert split.labeled[0].id == "t00"
 
 
 def test_list_folder_without_write_lists(tmp_path):
@@ -663,38 +530,22 @@ def test_pascal_layouts(tmp_path):
         for place in (root, root / "VOCdevkit", root / "VOCdevkit/VOC2012")
     ]
     for source in sources:
-        assert [i.id for i in source.train] == VOC_TRAIN
+        assert [i.id for i in source.train] == VOC_TRAIN  # val's masks lie beside theirs
         assert [i.id for i in source.val] == VOC_VAL
         assert source.fine == set(VOC_TRAIN[:5])
         assert len(source.classes) == 21
     folders = [i.mask.parent.name for i in sources[0].train]
     assert folders == ["SegmentationClass"] * 5 + ["SegmentationClassAug"] * 3
     assert all(i.mask.parent.name == "SegmentationClass" for i in sources[0].val)
-    without = data.load_source("pascal", make_pascal(tmp_path / "no_list", trainaug=False))
-    assert [i.id for i in without.train] == VOC_TRAIN  # val's masks lie in SegmentationClassAug too
 
 
 def test_default_data_set(tmp_path):
     assert data.find_dataset(None, data.ROOT) == "shapes"
-    with pytest.raises(InputError, match="give --dataset folder, cityscapes or shapes"):
-        data.find_dataset(None, tmp_path)  # not shapes: a --root was given
-    with pytest.raises(InputError, match="no PASCAL VOC"):
-        data.find_dataset(None, Path("data"))  # also when it is the default's name
-    with pytest.raises(InputError, match="give --dataset folder too"):
-        data.find_dataset(None, make_folder(tmp_path / "f"))
+    for given in (tmp_path, Path("data")):  # also when it is the default's name
+        with pytest.raises(InputError, match="no PASCAL VOC 2012 here; give --dataset"):
+            data.find_dataset(None, given)
     assert data.find_dataset(None, make_pascal(tmp_path / "voc")) == "pascal"
     assert data.find_dataset("folder", tmp_path / "voc") == "folder"
-
-
-@pytest.mark.parametrize("raw", [False, True])
-def test_cityscapes_masks_are_train_ids(tmp_path, raw):
-    source = data.load_source("cityscapes", make_cityscapes(tmp_path, raw))
-    assert (len(source.train), len(source.val), len(source.classes)) == (5, 2, 19)
-    for key, item in [(0, source.train[0]), (4, source.train[4]), (101, source.val[1])]:
-        image = data.read_image(item)
-        mask = data.read_mask(item, image.size, 19)
-        assert np.array_equal(mask, blobs(key, 19))
-        assert np.array_equal(image, noise(key))
 
 
 def test_every_raw_cityscapes_id(tmp_path):
@@ -775,7 +626,7 @@ def bad_mask(name: str, folder: Path) -> tuple[Path, str]:
         return save(path, label.astype(np.uint16)), "more than 8 bits"
     if name == "4 bit":  # Pillow reads its 1 as 17: also a class, where there are 21
         path.write_bytes(png(4, 4, 4, 0, b"\x01\x10"))
-        return path, "fewer than 8 bits"
+        return path, "PNG ['L;4']"
     if name == "size":
         return save(path, label[:-1]), "(48, 39)"
     if name == "turned":
@@ -806,61 +657,6 @@ def test_bad_masks(tmp_path, name):
     assert said in str(e.value)
     assert str(path) in str(e.value)
     assert "\n" not in str(e.value)
-
-
-def test_mask_values_up_to_the_last_class_and_255(tmp_path):
-    label = np.array([[0, 1, 2, 255]], np.uint8)
-    path = save(tmp_path / "m.png", label)
-    assert np.array_equal(read(path, 3, (4, 1)), label)
-    with pytest.raises(InputError, match="value 2"):
-        read(path, 2, (4, 1))
-
-
-@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "missing", "16 bit"])
-def test_unreadable_image(tmp_path, kind):
-    path = save(tmp_path / "broken.jpg", noise(0, (200, 200)))
-    if kind == "16 bit":  # convert("RGB") would clip it to white
-        path = save(tmp_path / "deep.png", np.full((9, 9), 300, np.uint16))
-    elif kind == "truncated":
-        truncate(path)
-    elif kind == "missing":
-        path.unlink()
-    else:
-        path.write_text("" if kind == "empty" else "hello")
-    with pytest.raises(InputError, match=path.name) as e:
-        data.read_image(Item("broken", path, None))
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGB"])
-def test_images_come_as_rgb(tmp_path, mode):
-    image = Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).convert("RGB")
-    image = image.quantize(8) if mode == "P" else image.convert(mode)
-    image.save(tmp_path / "x.tif")
-    got = data.read_image(Item("x", tmp_path / "x.tif", None))
-    assert got.mode == "RGB"
-    assert abs(np.asarray(got).astype(int) - 90).max() <= 8
-
-
-def test_broken_bytes_are_input_errors(tmp_path):
-    """Any damage to a file: the picture, or one line with its name."""
-    r = random.Random(0)
-    for suffix in (".jpg", ".png"):
-        path, said = save(tmp_path / f"f{suffix}", noise(0)), []
-        whole = path.read_bytes()
-        for _ in range(200):
-            broken = bytearray(whole)
-            for _ in range(r.randint(1, 4)):
-                broken[r.randrange(len(broken))] = r.randrange(256)
-            path.write_bytes(broken[: r.choice([None, r.randrange(len(broken))])])
-            item = Item("f", path, path)
-            for reader in (data.read_image, lambda i: data.read_mask(i, (48, 40), 21), data._size):
-                try:
-                    reader(item)
-                except InputError as e:
-                    said.append(str(e))
-        assert all(path.name in line and "\n" not in line for line in said)
-        assert len(said) > 100
 
 
 # --------------------------------------------------------------------------- training batches
@@ -1065,17 +861,8 @@ def test_a_broken_file_ends_the_epoch_with_its_name(tmp_path, broken, workers):
 def mixed_sizes(tmp_path_factory) -> data.Source:
     """Nine val images of five sizes."""
     root = make_folder(tmp_path_factory.mktemp("val"), val=0)
-    sizes = [
-        (48, 40),
-        (48, 40),
-        (40, 48),
-        (50, 50),
-        (48, 40),
-        (33, 20),
-        (50, 50),
-        (48, 33),
-        (16, 16),
-    ]
+    sizes = [(48, 40), (40, 48), (48, 40), (50, 50), (33, 20), (48, 33), (16, 16)]
+    sizes += [(48, 40), (50, 50)]
     for i, size in enumerate(sizes):
         save(root / f"val/images/v{i}.png", noise(i, size))
         save(root / f"val/masks/v{i}.png", blobs(i, 3, size))
@@ -1150,46 +937,17 @@ def test_val_batches_bound_their_pixels(mixed_sizes, monkeypatch):
             assert b == 1 or b * h * w <= pixels
 
 
-@pytest.mark.usefixtures("deadline")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_broken_val_image(tmp_path, workers):
-    root = make_folder(tmp_path)
-    truncate(root / "val/images/v01.jpg")
-    source = data.load_source("folder", root)
-    with pytest.raises(InputError, match="v01.jpg"):
-        list(data.val_batches(data.ValBatches(source.val, 3, 16), 0, 1, workers, CPU))
-
-
 # --------------------------------------------------------------------------- built-in shapes
 
 
 def test_shapes_are_drawn_from_their_index_alone():
-    def digest() -> str:
-        import hashlib
-
-        h = hashlib.sha256()
-        for i in (3, 511, 0, 10_127):
-            for array in data.draw_shapes(i):
-                h.update(array.tobytes())
-        return h.hexdigest()
-
+    """Guards: other pictures in other workers, or after other ones."""
+    first = [data.draw_shapes(i) for i in (3, 511, 10_127)]
     data.draw_shapes.cache_clear()
-    for i in (10_127, 0, 200):
-        data.draw_shapes(i)
-    torch.manual_seed(5)
-    first = digest()
-    code = (
-        "import hashlib, data\n"
-        "drawn = {i: data.draw_shapes(i) for i in (0, 511, 10_127, 3)}\n"
-        "h = hashlib.sha256()\n"
-        "for i in (3, 511, 0, 10_127):\n"
-        "    [h.update(a.tobytes()) for a in drawn[i]]\n"
-        "print(h.hexdigest())"
-    )
-    fresh = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert fresh.stdout.strip() == first
+    np.random.seed(5)  # noqa: NPY002 - the state that must not matter
+    for i, drawn in ((10_127, first[2]), (0, None), (511, first[1]), (3, first[0])):
+        again = data.draw_shapes(i)
+        assert drawn is None or all(np.array_equal(a, b) for a, b in zip(again, drawn, strict=True))
 
 
 def test_shapes_data_set(tmp_path):
@@ -1243,7 +1001,8 @@ def command(monkeypatch, *argv: object) -> None:
 def test_check_lists_all_faults(tmp_path, monkeypatch, capsys):
     root = make_folder(tmp_path / "f")
     command(monkeypatch, "--dataset", "folder", "--root", root)
-    assert "0 faults" in capsys.readouterr().out
+    line = data.make_split(data.load_source("folder", root), "1/16", 0, "classic").line
+    assert capsys.readouterr().out.splitlines() == ["folder: 0 faults", line]  # a run's first line
     truncate(root / "train/images/t01.jpg")
     truncate(root / "train/images/t06.jpg")  # an unlabelled one
     save(root / "train/masks/t02.png", np.full((40, 48), 3, np.uint8))
@@ -1259,104 +1018,13 @@ def test_check_lists_all_faults(tmp_path, monkeypatch, capsys):
     assert "5 faults" in lines[-1]
 
 
-def test_check_finds_a_class_that_is_in_no_mask(tmp_path, monkeypatch, capsys):
-    """Guards: masks of 0 and 255, whose foreground is ignored without a word."""
-    root = make_folder(tmp_path)
-    for mask in root.glob("*/masks/*"):
-        save(mask, (blobs(0, 3) > 0).astype(np.uint8) * 255)
-    assert data.check(data.load_source("folder", root))[1] == [
-        "in no mask: road, car; was such a class saved as 255?"
-    ]
-    command(monkeypatch, "--dataset", "folder", "--root", root)
-    assert "in no mask: road, car" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags", ["--write-split", "--preview"])
-def test_a_place_that_cannot_be_written(flags, tmp_path):
-    (tmp_path / "f").touch()
-    argv = [sys.executable, data.__file__, "--dataset", "shapes", flags, tmp_path / "f/x.png"]
-    ended = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert "Traceback" not in ended.stderr
-    assert str(tmp_path / "f") in ended.stderr
-
-
-def test_preview(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "shapes.png"
-    command(monkeypatch, "--dataset", "shapes", "--preview", out)
-    picture = np.asarray(Image.open(out))
-    crop = data.PRESETS["shapes"]["crop_size"]
-    assert picture.shape == (8 * crop, 6 * crop, 3)
-    tiles = picture.reshape(8, crop, 6, crop, 3).transpose(0, 2, 1, 3, 4).astype(int)
-    u, u1, u2, mixed, x, y = tiles.swapaxes(0, 1)
-    assert all(abs(a - b).max() > 20 for a, b in ((u, u1), (u1, u2), (u1, mixed)))
-    assert (abs(mixed - u1).sum(-1) > 0).mean() < 0.5  # a box, not the whole
-    assert len(np.unique(y.reshape(-1, 3), axis=0)) <= 7
-    assert x.std() > 20
-    assert str(out) in capsys.readouterr().out
-
-
-def test_write_split_command(tmp_path, monkeypatch, capsys):
-    root, out = make_pascal(tmp_path / "voc"), tmp_path / "lists"
-    where = ("--dataset", "pascal", "--root", root, "--protocol", "priority")
-    command(monkeypatch, *where, "--split", "3", "--split-seed", 4, "--write-split", out)
-    source = data.load_source("pascal", root)
-    want = data.make_split(source, "3", 4, "priority")
-    assert want.line in capsys.readouterr().out
-    assert data.make_split(source, str(out), 0, "classic").hash == want.hash
-    first = (out / "labeled.txt").read_text().splitlines()[0]
-    assert first == voc_line(want.labeled[0].id)
-
-
-def test_preview_of_one_image_into_a_new_folder(tmp_path, monkeypatch):
-    root, picture = make_folder(tmp_path / "f", labeled=1, unlabeled=1), tmp_path / "new/x.png"
-    command(monkeypatch, "--dataset", "folder", "--root", root, "--preview", picture)
-    crop = data.PRESETS["folder"]["crop_size"]
-    assert Image.open(picture).size == (6 * crop, 8 * crop)
-
-
-def test_download_needs_scipy(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(InputError, match="pip install scipy"):
-        command(monkeypatch, "--dataset", "pascal", "--root", tmp_path, "--download")
-
-
-def test_download_is_of_voc_alone(tmp_path, monkeypatch):
-    """Guards: VOC fetched under the root of another data set."""
-    monkeypatch.setattr(data, "download", lambda root: pytest.fail("fetched"))
-    with pytest.raises(InputError, match="fetches VOC alone; folder"):
-        command(monkeypatch, "--dataset", "folder", "--root", tmp_path, "--download")
-
-
-def test_download_that_fails(tmp_path, monkeypatch):
-    """Guards: a traceback where an archive is broken; torchvision says that by RuntimeError."""
-    import torchvision.datasets
-
-    def broken(*_, **__):
-        raise RuntimeError("File not found or corrupted.")
-
-    io = types.ModuleType("scipy.io")
-    io.loadmat = None
-    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
-    monkeypatch.setitem(sys.modules, "scipy.io", io)
-    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", broken)
-    with pytest.raises(InputError, match=f"{tmp_path}: not fetched .*corrupted.*try again"):
-        command(monkeypatch, "--dataset", "pascal", "--root", tmp_path, "--download")
-
-
 def test_download_merges_the_masks(tmp_path, monkeypatch):
-    """Both archives faked: VOC's masks as they are, SBD's for the other images but val."""
-    import torchvision.datasets
-
-    voc = tmp_path / "VOCdevkit/VOC2012"
-    extra = "2009_000001"
+    """Both archives faked: VOC's masks as they are, SBD's for the images that VOC has none of."""
+    voc, extra = tmp_path / "VOCdevkit/VOC2012", "2009_000001"
 
     def fake_voc(root, **_):
-        make_pascal(Path(root), trainaug=False)
-        for mask in (voc / "SegmentationClassAug").iterdir():
-            mask.unlink()
-        (voc / "SegmentationClassAug").rmdir()
+        make_pascal(Path(root))
+        shutil.rmtree(voc / "SegmentationClassAug")
 
     def fake_sbd(root, **_):
         (Path(root) / "cls").mkdir(parents=True)
@@ -1364,9 +1032,8 @@ def test_download_merges_the_masks(tmp_path, monkeypatch):
             (Path(root) / f"cls/{id}.mat").touch()
 
     def loadmat(path):
-        label = blobs(int(Path(path).stem[-6:]) + 50, 21)
         cell = np.empty((1, 1), [("Segmentation", object)])
-        cell["Segmentation"][0, 0] = label
+        cell["Segmentation"][0, 0] = blobs(int(Path(path).stem[-6:]) + 50, 21)
         return {"GTcls": cell}
 
     monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", fake_voc)
@@ -1379,11 +1046,8 @@ def test_download_merges_the_masks(tmp_path, monkeypatch):
     source = data.load_source("pascal", tmp_path)
     assert [i.id for i in source.train] == sorted([*VOC_TRAIN[:7], extra])
     for item in source.train:
-        sbd = item.id not in VOC_TRAIN[:5]
-        key = int(item.id[-6:]) + 50 if sbd else VOC_TRAIN.index(item.id)
-        aug = Item("", Path(), voc / f"SegmentationClassAug/{item.id}.png")
-        for i in (item, aug):
-            assert np.array_equal(data.read_mask(i, (48, 40), 21), blobs(key, 21))
+        key = VOC_TRAIN.index(item.id) if item.id in VOC_TRAIN[:5] else int(item.id[-6:]) + 50
+        assert np.array_equal(data.read_mask(item, (48, 40), 21), blobs(key, 21))
 
 
 # --------------------------------------------------------------------------- real data
@@ -1411,19 +1075,3 @@ def test_voc_sample(capsys):
     assert data.check(source)[0] == []
     for protocol, n in (("classic", 10), ("blended", 16), ("priority", 16)):
         assert len(data.make_split(source, "1/4", 0, protocol).labeled) == n
-
-
-def test_voc_sample_with_published_lists():
-    source = data.load_source("pascal", shared("data/voc_sample"))
-    folder = shared("data/voc_sample") / "published_format"
-    split = data.make_split(source, str(folder), 0, "classic")
-    lines = [(folder / f).read_text().split("\n") for f in ("labeled.txt", "unlabeled.txt")]
-    counts = [sum(bool(line.strip()) for line in ls) for ls in lines]
-    assert [len(split.labeled), len(split.unlabeled)] == counts
-    assert min(counts) > 5
-    assert split.labeled[0].id == "2007_001917"
-    args = batch_args(crop_size=97, batch_size=2, iters=5)
-    batches = data.train_batches(split, args, 0, 1, 0, CPU)
-    labels = torch.cat([b["y"].unique() for b in batches]).unique()
-    assert set(labels.tolist()) <= {*range(21), 255}
-    assert len(labels) > 3

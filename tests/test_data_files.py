@@ -130,26 +130,7 @@ def test_check_names_turned_pictures(tmp_path, monkeypatch, capsys):
     save_turned(root / "train/images/t01.jpg", noise(1), 6)  # its mask is as stored
     status, lines = checked(root, monkeypatch, capsys)
     assert status == 1
-    assert any("t01.png" in line and "turned upright, as its EXIF" in line for line in lines)
-
-
-def check_size(item: Item) -> None:
-    assert data._size(item) == data.read_image(item).size
-
-
-@pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_a_broken_note_is_no_traceback(tmp_path):
-    path, r = save_turned(tmp_path / "x.jpg", noise(0), 6), np.random.default_rng(0)
-    content = path.read_bytes()
-    at = content.index(b"Exif")
-    for _ in range(200):
-        broken = bytearray(content)
-        for place in r.integers(at, at + 40, 3):
-            broken[place] = r.integers(256)
-        path.write_bytes(broken)
-        item = Item("x", path, None)
-        data._size.cache_clear()
-        clean(lambda item=item: check_size(item))
+    assert any("t01.png: (48, 40) pixels, its upright image (40, 48)" in line for line in lines)
 
 
 # ------------------------------------------------------------------- what a pixel is
@@ -215,7 +196,8 @@ def test_masks_are_png_whatever_their_name(tmp_path, form):
     path = tmp_path / "m.png"
     Image.fromarray(blobs(0, 2)).save(path, form)
     line = refusal(data.read_mask, Item("m", path, path), (48, 40), 2)
-    assert f"({form}; save the class ids as an 8-bit PNG)" in line
+    assert f"({form} [" in line
+    assert "save the class ids as an 8-bit PNG" in line
 
 
 def test_an_image_that_is_a_program_is_not_run(tmp_path, monkeypatch):
@@ -256,8 +238,8 @@ def test_masks_of_0_and_255_alone(tmp_path, monkeypatch, capsys):
     """Guards: two classes, masks 0/255, "mIoU 100": every labelled pixel is background."""
     root = binary(make_folder(tmp_path))
     line = refusal(data.look_at_masks, load(root))
-    assert f"{root}/train/masks: the 4 labelled masks hold nothing but 0 and 255" in line
-    assert "a foreground as 1" in line
+    assert f"{root}/train/masks: the labelled masks hold nothing but 0 and 255" in line
+    assert "save a foreground as 1" in line
     status, lines = checked(root, monkeypatch, capsys)
     assert "in no mask: road, car; was such a class saved as 255?" in lines
     (root / "classes.txt").write_text("sky\n")  # one class: 255 is no class of its own
@@ -315,15 +297,9 @@ def test_what_is_left_out_is_named(tmp_path, monkeypatch, capsys):
     save(root / "val/masks/v07.png", blobs(0, 3))
     split = load(root)
     assert len(split.labeled) == 2
-    assert [note.removeprefix(f"{root}/") for note in split.notes] == [
-        "train/images: 1 left out (a hidden file): ._t00.jpg",
-        f"train/images: 4 left out (its suffix is none of {' '.join(data.SUFFIXES)}): "
-        "a.heic, b.heic, c.heic, ...",
-        "train/masks: 1 left out (no image has its stem): t02_mask.png",
-        "train/masks: 1 left out (its suffix is none of .png): t03.tif",
-        "val/images: 1 left out (a folder: images lie side by side): more",
-        "val/masks: 1 left out (no image has its stem): v07.png",
-    ]
+    images, masks = f"no {' '.join(data.SUFFIXES)} file", "no .png file"
+    why = f"{images}; {masks}; no image has its stem"
+    assert split.notes == [f"{root}: 9 files left out ({why}); data.py lists them"]
     status, lines = checked(root, monkeypatch, capsys)
     assert status == 1
     for name in "t02_mask.png t03.tif a.heic b.heic c.heic d.heic more v07.png ._t00.jpg".split():
@@ -343,8 +319,8 @@ def test_no_mask_of_a_stem_says_what_is_left_out(tmp_path):
     root = make_folder(tmp_path)
     for mask in (root / "train/masks").iterdir():
         mask.rename(mask.with_name(f"{mask.stem}_mask.png"))
-    assert "no training image has a mask of its stem" in refusal(load, root)
-    assert "4 files are left out" in refusal(load, root)
+    said = "--split full: labels 0 images of 0 that have a mask (4 files are left out)"
+    assert said in refusal(load, root)
 
 
 def test_a_listed_mask_that_is_not_there(tmp_path):
@@ -357,7 +333,7 @@ def test_a_listed_mask_that_is_not_there(tmp_path):
 # ------------------------------------------------------------------- text of other systems
 
 
-@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"])
 def test_text_files_in_each_coding(tmp_path, code, end):
     root = make_folder(tmp_path / "f")
@@ -374,20 +350,18 @@ def test_text_files_in_each_coding(tmp_path, code, end):
 
 
 CLASSES = {
-    "sky\n\nroad\ncar\n": "line 2 is blank",
-    "\nsky\nroad\ncar\n": "line 1 is blank",
-    "sky\nroad\nsky\n": "line 3 repeats 'sky'",
+    "sky\n\nroad\ncar\n": "line 2 is blank or repeats ''",
+    "\nsky\nroad\ncar\n": "line 1 is blank or repeats ''",
+    "sky\nroad\nsky\n": "line 3 is blank or repeats 'sky'",
     " \n": "0 classes",
 }
 
 
 @pytest.mark.parametrize("text", CLASSES)
-def test_class_names_that_would_shift(tmp_path, monkeypatch, text):
+def test_class_names_that_would_shift(tmp_path, text):
     root = make_folder(tmp_path)
     (root / "classes.txt").write_text(text)
     assert f"{root}/classes.txt: {CLASSES[text]}" in refusal(load, root)
-    monkeypatch.setattr(sys, "argv", ["data.py", "--dataset", "folder", "--root", str(root)])
-    assert CLASSES[text] in refusal(data.main)
 
 
 LINES = {
@@ -408,43 +382,28 @@ def test_lines_say_what_differs(tmp_path, line):
 # ------------------------------------------------------------------- shared memory
 
 
-def test_shared_memory(tmp_path, monkeypatch):
-    free = 64 * 2**20  # what a container has by default
-
-    def usage(path: str) -> types.SimpleNamespace:
-        assert path == "/dev/shm"
-        return types.SimpleNamespace(free=free)
-
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    monkeypatch.setattr(os.path, "isdir", lambda path: True)
-    # a batch of 8 crops of 321: 7 bytes a pixel, 5.8 MB; five of them with two workers
-    args = batch_args(crop_size=321, batch_size=8, workers=4)
-    data.check_shared_memory(args, 1)
-    data.check_shared_memory(args, 2)  # the ranks share the batch
-    args.workers = 6
-    line = refusal(data.check_shared_memory, args, 1)
-    assert line.startswith("/dev/shm has 64.0 MB free, the workers' batches take 72.4")
-    for word in ("--workers 0", "docker run --shm-size 1g"):
-        assert word in line
-    args.workers = 0
-    data.check_shared_memory(args, 1)
-    args.workers, args.crop_size, free = 1, 32, 2**16
-    assert "/dev/shm has 0.1 MB" in refusal(data.check_shared_memory, args, 1)
-    monkeypatch.setattr(os.path, "isdir", lambda path: False)  # not Linux
-    data.check_shared_memory(args, 1)
-
-
-def test_shared_memory_of_val_batches(tmp_path, monkeypatch):
-    split = load(make_folder(tmp_path))  # 48 x 40: sixteen images a batch, 4 bytes a pixel
-    args = batch_args(crop_size=1, batch_size=2, workers=1)
-    need = (2 * 7 + 16 * 48 * 40 * 4 + 2**16) * 3
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_shared_memory(tmp_path, monkeypatch, ranks):
+    """Guards: workers that wait for memory without end. The need, and one byte less."""
+    split = load(make_folder(tmp_path))  # 48 x 40: sixteen images a val batch, 4 bytes a pixel
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm")
+    args = batch_args(crop_size=321, batch_size=8, workers=6)
+    need = (8 // ranks * 321**2 * 7 + 16 * 48 * 40 * 4 + 2**16) * 13 * ranks
     for free in (need, need - 1):
         usage = types.SimpleNamespace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
-        if free < need:
-            assert "/dev/shm" in refusal(data.check_shared_memory, args, 1, split)
-        else:
-            data.check_shared_memory(args, 1, split)
+        if free == need:
+            data.check_shared_memory(args, ranks, split)
+            continue
+        line = refusal(data.check_shared_memory, args, ranks, split)
+        assert line.startswith(
+            f"/dev/shm has {free / 2**20:.1f} MB free, the workers' batches take"
+        )
+        for word in ("--workers 0", "docker run --shm-size 1g"):
+            assert word in line
+    data.check_shared_memory(batch_args(crop_size=321, batch_size=8), ranks, split)  # no workers
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)  # not Linux
+    data.check_shared_memory(args, ranks, split)
 
 
 # ------------------------------------------------------------------- fuzz
@@ -517,23 +476,30 @@ def test_fuzz_split(tmp_path):
     fuzz(check, strategies, 0.2)
 
 
-def test_fuzz_masks(tmp_path):
-    """Guards: a traceback, or a label that is no class, over the contents of masks."""
-    good, path = io.BytesIO(), tmp_path / "m.png"
-    Image.fromarray(blobs(0, 3)).save(good, "PNG")
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_fuzz_pictures(tmp_path):
+    """Guards: a traceback, or a label that is no class, over the contents of pictures."""
+    good, path = {}, tmp_path / "m.png"
+    exif = Image.Exif()
+    exif[274] = 6
+    for form, picture, note in (("PNG", blobs(0, 3), None), ("JPEG", noise(0), exif)):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, form, exif=note)
+        good[form] = file.getvalue()
     modes = ("L", "P", "1", "RGB", "RGBA", "LA", "I;16", "I", "F", "CMYK")
     formats = ("PNG", "TIFF", "JPEG", "GIF", "BMP", "WEBP", "PPM")
 
     def strategies(st: object) -> object:
         at = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4)
-        damaged = st.tuples(st.just("damaged"), at, st.integers(1, 2**12))
+        whole = st.sampled_from(tuple(good))
+        damaged = st.tuples(st.just("damaged"), at, st.integers(1, 2**12), whole)
         picture = st.tuples(st.sampled_from(modes), st.sampled_from(formats), st.integers(0, 255))
         size = st.tuples(st.just("size"), st.integers(1, 60), st.integers(1, 60))
         return damaged | picture | size | st.tuples(st.just("bytes"), st.binary(max_size=90))
 
     def check(drawn: tuple) -> None:
         if drawn[0] == "damaged":
-            content = bytearray(good.getvalue())
+            content = bytearray(good[drawn[3]])
             for place, value in drawn[1]:
                 content[place % len(content)] = value
             path.write_bytes(content[: drawn[2]])
@@ -546,7 +512,12 @@ def test_fuzz_masks(tmp_path):
                 Image.new("L", (48, 40), drawn[2]).convert(drawn[0]).save(path, drawn[1])
             except (OSError, ValueError):  # not every mode goes with every format
                 return
-        mask = clean(lambda: data.read_mask(Item("m", path, path), (48, 40), 3))
+        item = Item("m", path, path)
+        data._size.cache_clear()
+        image = clean(lambda: data.read_image(item))
+        size = clean(lambda: data._size(item))
+        assert image is None or (image.mode, image.size) == ("RGB", size)
+        mask = clean(lambda: data.read_mask(item, (48, 40), 3))
         if mask is not None:
             assert mask.size == (48, 40)
             assert set(np.unique(mask).tolist()) <= {0, 1, 2, 255}

@@ -1,13 +1,12 @@
-"""Oracles of the losses that all methods share, on one rank and on two with unequal counts."""
+"""Oracles of the losses that methods share or have alike, on one rank and on two."""
 
 import math
-import types
 
 import numpy as np
 import pytest
 import torch
-from datasets import make_folder
-from helpers import TINY, run_main, run_ranks
+from helpers import F64, PADDINGS, draw, padded, run_ranks
+from torch import Tensor
 
 import common
 import mkd
@@ -43,18 +42,26 @@ def cross_entropies(z: np.ndarray, y: np.ndarray) -> list[tuple[float, tuple[int
     return found
 
 
-def hard(found: list[tuple[float, tuple]], least: int, thresh: float = 0.7) -> list[float]:
-    """OHEM: the pixels with p <= thresh, or the `least` hardest ones where those are fewer."""
-    ordered = sorted((ce for ce, _ in found), reverse=True)  # least probable first
-    below = [ce for ce in ordered if math.exp(-ce) <= thresh]
+def ce_gradient(z: np.ndarray, y: np.ndarray, places: list[tuple], count: int) -> np.ndarray:
+    """(softmax - onehot) / count at some places, exactly zero at others."""
+    out = np.zeros_like(z)
+    for b, i, j in places:
+        e = np.exp(z[b, :, i, j])
+        out[b, :, i, j] = e / e.sum() / max(count, 1)
+        out[b, y[b, i, j], i, j] -= 1 / max(count, 1)
+    return out
+
+
+def hard(found: list[tuple], pixels: int, share: float, thresh: float = 0.7) -> list[tuple]:
+    """OHEM: the pixels with p <= thresh, or the hardest `share` of all where those are fewer."""
+    ordered = sorted(found, reverse=True)  # least probable first
+    below = [pixel for pixel in ordered if math.exp(-pixel[0]) <= thresh]
+    least = max(1, round(share * pixels))
     return below if len(below) >= least else ordered[:least]
 
 
 def mean(values: list[float]) -> float:
     return sum(values) / max(len(values), 1)
-
-
-# --------------------------------------------------------------------------------- masked_mean
 
 
 @pytest.mark.parametrize("keep_p", [0.0, 0.4, 1.0])
@@ -64,40 +71,19 @@ def test_masked_mean_divides_by_valid_pixels_not_by_kept_ones(keep_p: float, val
     a = r.normal(size=(2, 5, 4)) + 3  # far from a mean of 0
     valid = r.random(a.shape) < valid_p
     keep = (r.random(a.shape) < keep_p) & valid
-    total = 0.0
-    for place in np.ndindex(a.shape):
-        total += a[place] if keep[place] else 0.0
-    t = torch.from_numpy
-    mine = total / max(np.count_nonzero(valid), 1)
-    theirs = common.masked_mean(t(a), t(keep), t(valid)).item()
-    np.testing.assert_allclose(theirs, mine, rtol=1e-10)
+    mine = sum(a[place] for place in np.ndindex(a.shape) if keep[place])
+    theirs = common.masked_mean(*map(torch.from_numpy, (a, keep, valid))).item()
+    np.testing.assert_allclose(theirs, mine / max(np.count_nonzero(valid), 1), **F64)
 
 
 # ----------------------------------------------------------------------------- supervised_loss
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_supervised_loss_is_the_mean_over_labelled_pixels(case: str):
-    r = np.random.default_rng(1)
-    z, y = r.normal(size=(3, C, 7, 6)) * 2, labels(case, r)
-    found = cross_entropies(z, y)
-    z_t = torch.tensor(z, requires_grad=True)
-    loss = common.supervised_loss(z_t, torch.from_numpy(y), "ce")
-    np.testing.assert_allclose(loss.item(), mean([ce for ce, _ in found]), rtol=1e-10)
-    loss.backward()
-    # the gradient: (softmax - onehot) / count at labelled pixels, exactly zero at others
-    mine = np.zeros_like(z)
-    for _, (b, i, j) in found:
-        e = np.exp(z[b, :, i, j])
-        mine[b, :, i, j] = e / e.sum()
-        mine[b, y[b, i, j], i, j] -= 1
-    np.testing.assert_allclose(z_t.grad, mine / max(len(found), 1), rtol=1e-9, atol=1e-14)
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("least", [1, 40, 75, 10_000])
+@pytest.mark.parametrize("share", [None, 0.0, 0.32, 0.6, 1.0])  # None: CE; of 126 pixels
 @pytest.mark.parametrize("scale", [0.5, 4.0])  # nearly all below 0.7, or many above it
-def test_ohem_keeps_the_hard_pixels(case: str, least: int, scale: float):
+def test_supervised_loss(case: str, share: float | None, scale: float):
+    """CE is the mean over labelled pixels, OHEM over the hard ones: values and gradients."""
     r = np.random.default_rng(2)
     y = labels(case, r)
     z = r.normal(size=(3, C, 7, 6)) * scale
@@ -105,98 +91,69 @@ def test_ohem_keeps_the_hard_pixels(case: str, least: int, scale: float):
         if y[b, i, j] != 255 and r.random() < 0.8:
             z[b, y[b, i, j], i, j] += 2 * scale
     found = cross_entropies(z, y)
-    args = torch.from_numpy(z), torch.from_numpy(y), "ohem", least
-    mine = mean(hard(found, least))
-    np.testing.assert_allclose(common.supervised_loss(*args).item(), mine, rtol=1e-10)
+    kind = ("ce",) if share is None else ("ohem", share)
+    kept = found if share is None else hard(found, y.size, share)
+    z_t = torch.tensor(z, requires_grad=True)
+    loss = common.supervised_loss(z_t, torch.from_numpy(y), *kind)
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), mean([ce for ce, _ in kept]), **F64)
+    mine = ce_gradient(z, y, [place for _, place in kept], len(kept))
+    np.testing.assert_allclose(z_t.grad, mine, rtol=1e-9, atol=1e-14)
+    if (case, share, scale) == ("none ignored", 0.6, 4.0):  # 0.7 decides below a share of 0.32
+        assert 40 < len(hard(found, y.size, 0.0)) < len(kept) == 76
 
 
-def test_ohem_cases_differ():
-    """Of the cases above, some drop pixels by 0.7 and some are filled up to `least`."""
-    r = np.random.default_rng(2)
-    y = labels("none ignored", r)
-    z = r.normal(size=(3, C, 7, 6)) * 4
-    for b, i, j in np.ndindex(y.shape):
-        z[b, y[b, i, j], i, j] += 8 * (r.random() < 0.8)
-    found = cross_entropies(z, y)
-    assert 40 < len(hard(found, 40)) < 75 < len(found)
-    assert len(hard(found, 75)) == 75
+# ------------------------------------------------------------- pseudo-labels and distillation
 
 
-def test_ohem_defaults_are_the_notes():
-    r = np.random.default_rng(3)
-    z, y = r.normal(size=(1, C, 500, 500)), r.integers(0, C, (1, 500, 500))
-    z = z + 6 * (np.arange(C)[None, :, None, None] == y[:, None])
-    e = np.exp(z)
-    p = np.sort(np.take_along_axis(e / e.sum(1, keepdims=True), y[:, None], 1).ravel())
-    assert (p <= 0.7).sum() < 200_000 < len(p)
-    theirs = common.supervised_loss(torch.from_numpy(z), torch.from_numpy(y), "ohem").item()
-    np.testing.assert_allclose(theirs, -np.log(p[:200_000]).mean(), rtol=1e-10)
-    z = z / 4  # now more than 200 000 are below 0.7
-    e = np.exp(z)
-    p = np.sort(np.take_along_axis(e / e.sum(1, keepdims=True), y[:, None], 1).ravel())
-    assert 200_000 < (p <= 0.7).sum() < len(p)
-    theirs = common.supervised_loss(torch.from_numpy(z), torch.from_numpy(y), "ohem").item()
-    np.testing.assert_allclose(theirs, -np.log(p[p <= 0.7]).mean(), rtol=1e-10)
+def mkd_ce(z: Tensor, label: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
+    return mkd.pseudo_ce(z.log_softmax(1), label, keep, valid)
 
 
-@pytest.mark.parametrize("labeled_only", [False, True], ids=["whole", "labeled"])
-@pytest.mark.parametrize("script", [speed, mkd, segkc], ids=lambda s: s.__name__)
-def test_every_supervised_loss_is_what_the_flags_say(script, labeled_only, tmp_path, monkeypatch):
-    """Guards: a script, or a network of it, that trains by CE or keeps the default pixels."""
-    flags, supervised_loss = [], common.supervised_loss
-
-    def record(z: torch.Tensor, y: torch.Tensor, *kind: object) -> torch.Tensor:
-        flags.append(kind)
-        return supervised_loss(z, y, *kind)
-
-    monkeypatch.setattr(common, "supervised_loss", record)
-    make_folder(tmp_path / "root")
-    argv = [*TINY, "--dataset", "folder", "--root", str(tmp_path / "root"), "--split", "1/2"]
-    argv += ["--backbone", "resnet18", *["--senior", "resnet18"] * (script is segkc)]
-    argv += ["--sup-loss", "ohem", "--ohem-least", "500", *["--labeled-only"] * labeled_only]
-    run_main(script, argv, tmp_path / "run")
-    networks = 1 if labeled_only or script is speed else 2
-    assert flags == [("ohem", 500)] * (2 * networks)  # two steps
+@pytest.mark.parametrize("loss", [mkd_ce, segkc.cps_loss])
+@pytest.mark.parametrize("case", PADDINGS)
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_ce_with_pseudo_labels(loss, case: str, share: float):
+    """The sum over kept pixels by the number of valid ones."""
+    r = np.random.default_rng(0)
+    z, valid = r.normal(size=(2, C, 4, 6)) * 2, padded(case, 2, 4, 6)
+    label, keep = r.integers(0, C, (2, 4, 6)), r.random((2, 4, 6)) < share
+    found = [(ce, p) for ce, p in cross_entropies(z, label) if valid[p] and keep[p]]
+    z_t, n = torch.tensor(z, requires_grad=True), int(valid.sum())
+    keep = torch.from_numpy(keep) & valid
+    theirs = loss(z_t, torch.from_numpy(label), keep, valid)
+    theirs.backward()
+    np.testing.assert_allclose(theirs.item(), sum(ce for ce, _ in found) / max(n, 1), **F64)
+    mine = ce_gradient(z, label, [place for _, place in found], n)
+    np.testing.assert_allclose(z_t.grad, mine, rtol=1e-9, atol=1e-14)
 
 
-def test_all_rates_follow_the_schedule():
-    """Guards: rates that fall faster and faster, and heads at the backbone's rate."""
-
-    def groups() -> torch.optim.Optimizer:
-        two = ({"params": [torch.zeros(1)], "lr": rate} for rate in (0.1, 1.0))
-        return torch.optim.SGD([*two], momentum=0.9)
-
-    run, optimizer = object.__new__(common.Run), groups()
-    run.args = types.SimpleNamespace(lr=0.1, iters=10)
-    for step in range(10):
-        if step == 4:  # resumed
-            saved, optimizer = optimizer.state_dict(), groups()
-            optimizer.load_state_dict(saved)
-        run.set_lr(optimizer, step)
-        poly = (1 - step / 10) ** 0.9
-        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.1 * poly, poly])
-
-
-def test_ohem_has_no_gradient_at_dropped_pixels():
-    r = np.random.default_rng(4)
-    z, y = r.normal(size=(1, C, 6, 6)), labels("ignore", r, (1, 6, 6))
-    found = sorted(cross_entropies(z, y), reverse=True)
-    z_t = torch.tensor(z * 1.0, requires_grad=True)
-    common.supervised_loss(z_t, torch.from_numpy(y), "ohem", 7, 0.0).backward()
-    kept = {place for _, place in found[:7]}
-    for b, i, j in np.ndindex(y.shape):
-        assert z_t.grad[b, :, i, j].any().item() == ((b, i, j) in kept)
-
-
-def test_at_the_start_the_loss_is_log_c():
-    z, y = torch.zeros(1, C, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
-    assert common.supervised_loss(z, y, "ce").item() == pytest.approx(math.log(C), rel=1e-6)
+@pytest.mark.parametrize("case", PADDINGS)
+@pytest.mark.parametrize("t", [1.0, 0.5, 3.0])
+def test_distillation(case: str, t: float):
+    """L_logit and L_kd: KL by loops; d/dz = t (q - p) / count, and L_kd never moves the senior."""
+    teacher, z = draw(3, C, 6, 7), draw(3, C, 6, 7, seed=1)
+    valid, total = padded(case, 3, 6, 7), 0.0
+    for b, i, j in np.ndindex(3, 6, 7):
+        if valid[b, i, j]:
+            e_t, e = ([math.exp(v / t) for v in a[b, :, i, j].tolist()] for a in (teacher, z))
+            p, q = ([v / sum(a) for v in a] for a in (e_t, e))
+            total += sum(a * math.log(a / c) for a, c in zip(p, q, strict=True)) * t**2
+    n = max(int(valid.sum()), 1)
+    gradient = t * ((z / t).softmax(1) - (teacher / t).softmax(1)) / n * valid[:, None]
+    for loss in (speed.logit_loss, segkc.distillation):
+        z_t, senior = z.clone().requires_grad_(), teacher.clone().requires_grad_()
+        theirs = loss(senior, z_t, valid, t)
+        theirs.backward()
+        np.testing.assert_allclose(theirs.item(), total / n, **F64)
+        torch.testing.assert_close(z_t.grad, gradient, **F64)
+    assert senior.grad is None
 
 
 # ------------------------------------------------------------------------------------ two ranks
 
 
-def world_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def world_batch() -> tuple[Tensor, Tensor, Tensor]:
     """Four images whose first half has far fewer labelled pixels than the second."""
     r = np.random.default_rng(5)
     features, y = r.normal(size=(4, 3, 6, 5)), r.integers(0, C, (4, 6, 5))
@@ -205,11 +162,11 @@ def world_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.from_numpy(features), torch.from_numpy(y), torch.from_numpy(r.normal(size=(C, 3)))
 
 
-KINDS = (("ce", 1, 0.7), ("ohem", 1, 0.7), ("ohem", 30, 0.1))
+KINDS = (("ce", 0.0, 0.7), ("ohem", 0.0, 0.7), ("ohem", 0.25, 0.1))
 
 
 def on_a_rank() -> dict:
-    """Loss and gradient of this rank's half, as DDP would use them; rank_sum and rank_mean."""
+    """Loss and gradient of this rank's half, as DDP would use them; sums; MKD's statistics."""
     rank, world = common.rank_world()
     features, y, weight = world_batch()
     share = slice(rank * 4 // world, (rank + 1) * 4 // world)
@@ -226,6 +183,9 @@ def on_a_rank() -> dict:
     out["same input"], out["rank"] = torch.equal(before.detach(), x), (rank, world)
     a, valid = features[share, 0], y[share] != 255
     out["masked"] = common.masked_mean(a, valid & (a > 0), valid).item()
+    stats = mkd.ClassStatistics(C, 3).double()
+    stats.update(features[share], y[share])
+    out["stats"] = stats.state_dict()
     return out
 
 
@@ -242,14 +202,11 @@ def test_two_ranks_are_one(ranks: list[dict]):
         w = weight.clone().requires_grad_()
         z = torch.einsum("ca,bahw->bchw", w, features)
         found = cross_entropies(z.detach().numpy(), y.numpy())
-        values = [ce for ce, _ in found] if kind[0] == "ce" else hard(found, *kind[1:])
-        np.testing.assert_allclose(mean([r[kind][0] for r in ranks]), mean(values), rtol=1e-10)
-        kept = set(values)
-        p = torch.zeros((), dtype=torch.float64)
-        for ce, (b, i, j) in found:
-            if ce in kept:
-                p = p - z[b, :, i, j].log_softmax(0)[y[b, i, j]]
-        (p / len(values)).backward()
+        kept = found if kind[0] == "ce" else hard(found, y.numel(), *kind[1:])
+        mine = mean([ce for ce, _ in kept])
+        np.testing.assert_allclose(mean([r[kind][0] for r in ranks]), mine, **F64)
+        gradient = ce_gradient(z.detach().numpy(), y.numpy(), [p for _, p in kept], len(kept))
+        z.backward(torch.from_numpy(gradient))
         averaged = (ranks[0][kind][1] + ranks[1][kind][1]) / 2
         torch.testing.assert_close(averaged, w.grad, rtol=1e-9, atol=1e-12)
     a, valid = features[:, 0], y != 255
@@ -266,11 +223,11 @@ def test_rank_sum_and_rank_mean(ranks: list[dict]):
         assert not r["mean"].requires_grad
 
 
-@pytest.mark.parametrize(
-    ("ramp", "expected"),
-    [(0.0, [1, 1, 1, 1, 1]), (0.5, [0, 0.5, 1, 1, 1]), (1.0, [0, 0.25, 0.5, 0.75, 1])],
-)
-def test_ramp(ramp, expected):
-    """Weights at steps 0, 5, 10, 15, 20 of 20."""
-    run = types.SimpleNamespace(args=types.SimpleNamespace(ramp=ramp, iters=20))
-    assert [common.Run.ramp(run, step) for step in range(0, 21, 5)] == expected
+def test_two_ranks_hold_the_statistics_of_all_pixels(ranks: list[dict]):
+    features, y, _ = world_batch()
+    for stats in (r["stats"] for r in ranks):
+        for c in range(C):
+            x = features.movedim(1, -1)[y == c].numpy()
+            assert stats["count"][c] == len(x)
+            np.testing.assert_allclose(stats["mean"][c], x.mean(0), **F64)
+            np.testing.assert_allclose(stats["var"][c], x.var(0), **F64)

@@ -2,38 +2,37 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import (
+    F64,
+    NO_AMP,
     TINY,
+    Tiny,
     assert_same_update,
-    batches_of,
     between,
     bilinear,
     ce_sum,
+    draw,
     find_seed,
+    learners,
     look,
     nearest,
     network,
     run_main,
-    run_ranks,
     sgd,
     split_parameters,
     standardized,
     supervised,
+    tiny_batch,
 )
 from torch import Tensor, nn
 
 import data
 import mkd
-
-F64 = dict(rtol=1e-10, atol=1e-13)
-
-
-def draw(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape) * scale)
 
 
 def drawn_labels(*shape: int, classes: int, seed: int = 0, ignored: float = 0.2) -> Tensor:
@@ -41,25 +40,6 @@ def drawn_labels(*shape: int, classes: int, seed: int = 0, ignored: float = 0.2)
     y = r.integers(0, classes, shape)
     y[r.random(shape) < ignored] = 255
     return torch.from_numpy(y)
-
-
-def test_the_flags_default_to_the_released_values():
-    args = mkd.parse_args(["--dataset", "pascal"])
-    assert (args.ema, args.lambda_st, args.lambda_ss, args.lambda0) == (0.6, 1.5, 1.0, 1.5)
-    assert (args.threshold, args.threshold_ss) == (0.0, 0.0)
-    assert (args.fa, args.keep_padding) == ("all", False)
-    assert args.teacher_mode == "train"
-    assert not args.ramp
-
-
-def test_statistics_of_teachers_in_eval_mode_are_refused():
-    """On shapes their features have 10^5 times the students' variance at step 17, and Sigma of all
-    steps keeps it: at the end the augmentation moved every label.
-    """
-    with pytest.raises(data.InputError, match="--teacher-mode train or --fa students"):
-        mkd.parse_args(["--dataset", "shapes", "--fa", "all"])
-    for flags in ("--fa students", "--fa all --teacher-mode train"):
-        mkd.parse_args(["--dataset", "shapes", *flags.split()])
 
 
 # ------------------------------------------------------------------------------------- teachers
@@ -106,33 +86,21 @@ def test_a_teacher_in_eval_mode_normalises_like_its_student():
     assert teacher[1].training
 
 
-def test_ema_above_one_half_takes_a_while_and_one_never_arrives():
-    """--ema 1: m = 1 - 1/t, so the teacher is the mean of all students so far."""
-    student, teacher, seen = small_net(0), small_net(1), []
-    for t in range(1, 6):
-        with torch.no_grad():
-            student[0].weight.normal_()
-        seen.append(student[0].weight.detach().clone())
-        mkd.update_teacher(teacher, student, t, 1.0)
-    torch.testing.assert_close(teacher[0].weight.detach(), sum(seen) / 5, **F64)
-
-
 # ------------------------------------------------------------------------------------ the mask
 
 
 @pytest.mark.parametrize("crop", [48, 321])
-def test_mix_boxes_are_the_notes(crop: int):
+def test_boxes_are_the_notes(crop: int):
     """p ~ U(.25, .5), h in [p, 1], w = p / h; both times sqrt(1/3); anywhere inside the crop."""
-    boxes = np.array([mkd.mix_boxes(crop, np.random.default_rng(k)) for k in range(800)])
+    boxes = np.array([mkd.draw_boxes(crop, np.random.default_rng(k)) for k in range(800)])
     assert boxes.shape == (800, 3, 4)
     assert boxes.min() >= 0
     assert boxes.max() <= crop
     top, left, bottom, right = boxes.reshape(-1, 4).T
     height, width = (bottom - top) / crop, (right - left) / crop
-    assert height.min() > 0.25 * 3**-0.5 - 1 / crop
-    assert height.max() < 3**-0.5 + 1 / crop
-    assert width.min() > 0.25 * 3**-0.5 - 1 / crop
-    assert width.max() < 3**-0.5 + 1 / crop
+    for side in (height, width):
+        assert side.min() > 0.25 * 3**-0.5 - 1 / crop
+        assert side.max() < 3**-0.5 + 1 / crop
     area = height * width * 3  # = p, but for rounding
     assert area.min() > 0.25 - 3 / crop
     assert area.max() < 0.5 + 3 / crop
@@ -145,11 +113,6 @@ def test_mix_boxes_are_the_notes(crop: int):
         assert (start / free).mean() == pytest.approx(0.5, abs=0.02)
         assert (start / free).std() == pytest.approx(12**-0.5, abs=0.02)
     assert len({tuple(b) for b in boxes[0]}) == 3, "three boxes, not one thrice"
-
-
-def test_mix_boxes_depend_on_the_generator_alone():
-    twice = [mkd.mix_boxes(64, np.random.default_rng(5)) for _ in range(2)]
-    assert twice[0] == twice[1] != mkd.mix_boxes(64, np.random.default_rng(6))
 
 
 def xored(boxes: Tensor, crop: int) -> Tensor:
@@ -176,41 +139,18 @@ def test_mix_mask_is_the_xor_of_three_boxes():
     assert m[1].sum() == 4
 
 
-def test_mean_coverage_is_about_a_quarter():
-    r = np.random.default_rng(0)
-    boxes = torch.tensor([mkd.mix_boxes(64, r) for _ in range(2000)])
-    m = mkd.mix_mask(boxes, 64).float().mean((1, 2))
-    assert m.mean() == pytest.approx(0.25, abs=0.02)
-    assert 0.05 < m.std() < 0.15
-
-
-@pytest.mark.parametrize("b", [2, 4, 6])
-def test_the_partner_is_always_another_image(b: int):
-    image = torch.arange(b).float()[:, None, None, None].expand(b, 2, 6, 6)
-    keep_all = torch.ones(b, 6, 6, dtype=torch.bool)
-    partner = mkd.mix(image, ~keep_all)[:, 0, 0, 0].long().tolist()
-    assert sorted(partner) == list(range(b)), "no permutation"
-    assert all(p != i for i, p in enumerate(partner)), "an image is its own partner"
-    assert torch.equal(mkd.mix(image, keep_all), image), "M = 1 keeps the image"
-
-
 def mixed(t: Tensor, m: Tensor) -> Tensor:
-    """M t + (1 - M) t[pi] by loops for the batch's pairs; cell (i, j) has M of its first pixel."""
-    none = torch.zeros(len(t), 1, 1, dtype=torch.bool)
-    partner = mkd.mix(torch.arange(len(t))[:, None, None], none).flatten().tolist()
+    """M t + (1 - M) t[pi] by loops for two images or four; a cell has M of its nearest pixel."""
     m_t, out = nearest(m, t.shape[-2:]), t.clone()
     for b, i, j in np.ndindex(*m_t.shape):
-        out[b, ..., i, j] = t[b if m_t[b, i, j] else partner[b], ..., i, j]
+        out[b, ..., i, j] = t[b if m_t[b, i, j] else (1, 0, 3, 2)[b], ..., i, j]
     return out
 
 
-@pytest.mark.parametrize(("h", "w"), [(16, 16), (4, 4), (5, 5), (2, 2)])
-def test_mix_of_images_logits_features_and_valid_maps(h: int, w: int):
-    m = draw(4, 16, 16, seed=1) > 0
-    t = draw(4, 3, h, w)
+def test_mix_of_images_and_valid_maps():
+    m, t = draw(4, 16, 16, seed=1) > 0, draw(4, 3, 16, 16)
     assert torch.equal(mkd.mix(t, m), mixed(t, m))
     assert torch.equal(mkd.mix(t[:, 0] > 0, m), mixed(t[:, 0] > 0, m))
-    assert not torch.equal(mkd.mix(t, m), t)
 
 
 # --------------------------------------------------------------------------------- statistics
@@ -255,43 +195,14 @@ def test_statistics_are_those_of_all_pixels_so_far():
     assert len(all_pixels(seen, 3)) > 5
 
 
-def test_statistics_in_float32_are_good_to_five_digits():
-    """As in a run: pixels after a ReLU, two hundred updates."""
-    stats, seen = mkd.ClassStatistics(2, 7), []
+def test_statistics_far_from_zero():
+    """Two hundred updates in float32; E f^2 - mean^2 has no digit left at 10^4 deviations."""
+    stats, seen = mkd.ClassStatistics(5, 7), []
     for k in range(200):
-        f, label = draw(2, 7, 4, 4, seed=k).relu(), drawn_labels(2, 4, 4, classes=2, seed=k)
-        stats.update(f.float(), label)
-        seen.append((f, label))
-    for c in range(2):
-        x = all_pixels(seen, c)
-        np.testing.assert_allclose(stats.mean[c], x.mean(0), rtol=1e-5)
-        np.testing.assert_allclose(stats.var[c], x.var(0), rtol=2e-5)
-
-
-def test_statistics_are_in_the_checkpoint():
-    stats, other = mkd.ClassStatistics(5, 7).double(), mkd.ClassStatistics(5, 7).double()
-    one, two, *_ = statistics_batches()
-    stats.update(*one)
-    other.load_state_dict(copy.deepcopy(stats.state_dict()))
-    other.update(*two)
-    check_statistics(other, [one, two])
-
-
-def statistics_on_a_rank() -> dict[str, Tensor]:
-    stats, rank = mkd.ClassStatistics(5, 7).double(), torch.distributed.get_rank()
-    for f, label in statistics_batches():
-        # unequal shares of every class: one image on rank 0, the others on rank 1
-        stats.update(*((f[:1], label[:1]) if rank == 0 else (f[1:], label[1:])))
-    return stats.state_dict()
-
-
-def test_two_ranks_hold_the_statistics_of_one():
-    ranks, batches = run_ranks(2, statistics_on_a_rank), statistics_batches()
-    for name, value in ranks[0].items():
-        assert torch.equal(value, ranks[1][name]), "the ranks differ"
-    stats = mkd.ClassStatistics(5, 7).double()
-    stats.load_state_dict(ranks[0])
-    check_statistics(stats, batches)
+        f = (2000 + draw(2, 7, 4, 4, seed=k) / 10).float()
+        seen.append((f.double(), drawn_labels(2, 4, 4, classes=4, seed=k)))
+        stats.update(f, seen[-1][1])
+    check_statistics(stats, seen, rtol=2e-3)
 
 
 # ------------------------------------------------------------------------------- augmentation
@@ -316,141 +227,82 @@ def exact_weight(c: int = 5, a: int = 7) -> Tensor:
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.5])
 @pytest.mark.parametrize("kind", ["mixed", "one class", "all ignored"])
 def test_augment_is_the_direct_formula(strength: float, kind: str):
-    z, weight, var = draw(2, 5, 3, 4), exact_weight(), draw(5, 7, seed=4).abs()
+    """Also d CE(z~, t) / dz = softmax(z~) - onehot(t): W and Sigma are constants."""
+    z, var = draw(2, 5, 3, 4).requires_grad_(), draw(5, 7, seed=4).abs().requires_grad_()
+    weight = draw(5, 7, 1, 1, seed=3).float().double().requires_grad_()  # exact in float32
     label = drawn_labels(2, 3, 4, classes=5)
     label = {"mixed": label, "one class": 0 * label + 4, "all ignored": 0 * label + 255}[kind]
-    found = mkd.augment(z, label, weight, var, strength)
-    torch.testing.assert_close(
-        found, augmented_directly(z, label, weight, var, strength), rtol=1e-6, atol=1e-6
-    )
-    moved = (found != z).any(1)
-    assert torch.equal(moved, (label != 255) & (strength > 0))
-
-
-def test_augment_in_float64():
-    """With weights that float32 holds, the whole formula is right to 1e-10."""
-    z, weight, var = draw(2, 5, 3, 4), exact_weight() * 0, draw(5, 7, seed=4).abs()
-    weight[:, :, 0, 0] = (draw(5, 7, seed=3) * 64).round() / 64  # differences are exact as well
-    label = drawn_labels(2, 3, 4, classes=5)
-    torch.testing.assert_close(
-        mkd.augment(z, label, weight, var, 0.8),
-        augmented_directly(z, label, weight, var, 0.8),
-        **F64,
-    )
-
-
-def test_a_pixels_own_class_is_not_raised():
-    """The sum is zero at c = y: the augmented CE is never below the plain one."""
-    z, weight, var = draw(2, 5, 3, 4), exact_weight(), draw(5, 7, seed=4).abs()
-    label = drawn_labels(2, 3, 4, classes=5, ignored=0)
-    z_aug = mkd.augment(z, label, weight, var, 1.0)
-    own = label[:, None]
-    assert torch.equal(z_aug.gather(1, own), z.gather(1, own))
-    assert (z_aug - z).sum() > 1
-
-
-def test_gradient_of_the_augmented_ce():
-    """d CE(z~, t) / dz = softmax(z~) - onehot(t); W and Sigma are constants."""
-    z, label = draw(2, 5, 3, 4).requires_grad_(), drawn_labels(2, 3, 4, classes=5)
-    weight, var = exact_weight().requires_grad_(), draw(5, 7, seed=4).abs().requires_grad_()
+    found = mkd.augment(z, label, weight, var.detach(), strength)
+    mine = augmented_directly(z, label, weight, var, strength).detach()
+    torch.testing.assert_close(found.detach(), mine, rtol=1e-6, atol=1e-6)
+    assert torch.equal((found != z).any(1), (label != 255) & (strength > 0))
     t = drawn_labels(2, 3, 4, classes=5, seed=9, ignored=0)
-    z_aug = mkd.augment(z, label, weight, var.detach(), 0.7)
-    nn.functional.cross_entropy(z_aug, t, reduction="sum").backward()
-    e = z_aug.detach().exp()
+    nn.functional.cross_entropy(found, t, reduction="sum").backward()
     onehot = torch.zeros_like(z).scatter_(1, t[:, None], 1.0)
-    torch.testing.assert_close(z.grad, e / e.sum(1, keepdim=True) - onehot, **F64)
+    torch.testing.assert_close(z.grad, mine.softmax(1) - onehot, rtol=1e-6, atol=1e-6)
     assert weight.grad is None
-    stats = mkd.ClassStatistics(5, 7)
-    stats.update(draw(2, 7, 3, 4).float().requires_grad_(), label)
-    assert not stats.var.requires_grad
-    assert not list(stats.parameters())
 
 
 # ------------------------------------------------------------------------------ mutual losses
 
 
-def losses_by_hand(
-    z: list, t: list, keep: list, keep_s: list, valid: Tensor
-) -> tuple[float, float]:
-    """L_st and L_ss with every index written out."""
-    z1, z2 = z
-    t_s1, t_s2 = (a.argmax(1) for a in z)
-    t_t1, t_t2 = t
-    n = max(int(valid.sum()), 1)
-    st = ce_sum(z1, t_t2, valid & keep[1]) / n + ce_sum(z2, t_t1, valid & keep[0]) / n
-    ss = ce_sum(z1, t_s2, valid & keep_s[1]) / n + ce_sum(z2, t_s1, valid & keep_s[0]) / n
-    return st.item(), ss.item()
+def half(z: Tensor) -> Tensor:
+    """Means of 2 x 2 cells, at the end of an odd map of those that are left."""
+    h, w = z.shape[-2:]
+    out = z.new_zeros(*z.shape[:2], (h + 1) // 2, (w + 1) // 2)
+    for i, j in np.ndindex(*out.shape[-2:]):
+        out[..., i, j] = z[..., 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3))
+    return out
 
 
-def mutual_case(seed: int = 0) -> tuple[list, list, list, list, Tensor]:
-    z = [draw(2, 5, 4, 3, seed=seed + k) for k in range(2)]
-    t = [drawn_labels(2, 4, 3, classes=5, seed=seed + k, ignored=0) for k in range(2)]
-    keep = [draw(2, 4, 3, seed=seed + 5 + k) > (-1, 1)[k] for k in range(2)]
-    keep_s = [draw(2, 4, 3, seed=seed + 7 + k) > (0.5, -0.5)[k] for k in range(2)]
-    return z, t, keep, keep_s, draw(2, 4, 3, seed=seed + 9) > -1
+def tiny_step(surest: str = "", **changes: object) -> tuple[dict, nn.ModuleDict, dict]:
+    """mkd_step, the last of fifty, on tiny networks: the networks, the statistics and the terms.
+
+    Network `surest` has a constant, certain prediction, all others an even one.
+    """
+    torch.manual_seed(0)
+    nets = {name: Tiny(5) for name in ("student1", "student2", "teacher1", "teacher2")}
+    if surest:
+        for name, net in nets.items():
+            nn.init.zeros_(net.classifier.weight)
+            net.classifier.bias.data = torch.tensor([0.0, 0, 0, 90 * (name == surest)])
+    stats = nn.ModuleDict({name: mkd.ClassStatistics(4, 5) for name in nets})
+    flags = dict(crop_size=32, seed=0, iters=50, ema=1.0, teacher_mode="train", keep_padding=False)
+    flags |= dict(sup_loss="ce", ohem_share=0.1, lambda0=1.5, fa="all")
+    flags |= dict(lambda_st=1.5, lambda_ss=1.0, threshold=0.0, threshold_ss=0.0)
+    args = SimpleNamespace(**(flags | changes))
+    model = mkd.Students(nets["student1"], nets["student2"])
+    batch = tiny_batch() | dict(step=49)
+    return nets, stats, mkd.mkd_step(args, nets, stats, model, NO_AMP, batch, 1.0)
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["some", "all", "no confident teacher", "no confident student", "nothing valid", "one class"],
-)
-def test_mutual_losses(case: str):
-    z, t, keep, keep_s, valid = mutual_case()
-    if case == "one class":
-        t = [torch.full_like(a, 2) for a in t]
-    if case in ("all", "no confident teacher"):
-        keep = [torch.full_like(k, case == "all") for k in keep]
-    if case in ("all", "no confident student"):
-        keep_s = [torch.full_like(k, case == "all") for k in keep_s]
-    if case in ("all", "nothing valid"):
-        valid = torch.full_like(valid, case == "all")
-    found = [a.item() for a in mkd.mutual_losses(z, t, keep, keep_s, valid)]
-    np.testing.assert_allclose(found, losses_by_hand(z, t, keep, keep_s, valid), **F64)
-    assert (found[0] == 0) == (case in ("no confident teacher", "nothing valid"))
-    assert (found[1] == 0) == (case in ("no confident student", "nothing valid"))
+@pytest.mark.parametrize("fa", ["all", "students", "none"])
+def test_each_network_is_augmented_by_its_own_weight_and_statistics(fa: str, monkeypatch):
+    augmented, original = {}, mkd.augmented_logits
+
+    def record(net: nn.Module, stats: nn.Module, z: Tensor, f: Tensor, *more: object) -> Tensor:
+        # mixing and means commute with a 1x1 convolution: only the own weight makes z from f
+        torch.testing.assert_close(net.classifier(half(f)), z, rtol=1e-4, atol=1e-5)
+        augmented[net] = stats
+        return original(net, stats, z, f, *more)
+
+    monkeypatch.setattr(mkd, "augmented_logits", record)
+    nets, stats, _ = tiny_step(fa=fa)
+    names = list(nets)[: {"all": 4, "students": 2, "none": 0}[fa]]
+    assert augmented == {nets[name]: stats[name] for name in names}
 
 
-def test_a_student_learns_from_the_others_teacher_and_from_the_other_student():
-    """What each network's targets reach: gradients and values, pair by pair."""
-    z, t, keep, keep_s, valid = mutual_case(seed=50)
-    keep, valid = [torch.ones_like(k) for k in keep], torch.ones_like(valid)
-
-    def terms(z: list, t: list, keep: list) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """L_st, L_ss and the gradients of L_st on student 1 and 2."""
-        z = [a.clone().requires_grad_() for a in z]
-        st, ss = mkd.mutual_losses(z, t, keep, keep_s, valid)
-        return st.item(), ss.item(), *torch.autograd.grad(st, z)
-
-    st, ss, g1, g2 = terms(z, t, keep)
-    for which in (0, 1):
-        changed = list(t)
-        changed[which] = (t[which] + 1) % 5
-        st_new, ss_new, h1, h2 = terms(z, changed, keep)
-        assert st_new != st, "every teacher teaches"
-        assert ss_new == ss, "L_ss has no teacher in it"
-        mine, others = ((g1, h1), (g2, h2))[:: 1 if which == 0 else -1]
-        assert torch.equal(*mine), "a student learns from its own teacher"
-        assert not torch.equal(*others), "a student does not learn from the other's teacher"
-        doubtful = list(keep)
-        doubtful[which] = ~keep[which]
-        st_new, ss_new, h1, h2 = terms(z, t, doubtful)
-        assert ss_new == ss, "L_ss asks no teacher how sure it is"
-        mine, others = ((g1, h1), (g2, h2))[:: 1 if which == 0 else -1]
-        assert torch.equal(*mine)
-        assert not others[1].any(), "the confidence is of the teacher that gives the label"
-
-
-def test_student_targets_are_hard_detached_and_the_other_students():
-    """dL_ss/dz_1 = (softmax z_1 - onehot argmax z_2) / n: nothing through the targets."""
-    z, t, keep, keep_s, valid = mutual_case(seed=70)
-    z = [a.requires_grad_() for a in z]
-    ss = mkd.mutual_losses(z, t, keep, keep_s, valid)[1]
-    gradients = torch.autograd.grad(ss, z)
-    for g, own, other, sure in zip(gradients, z, z[::-1], keep_s[::-1], strict=True):
-        e = own.detach().exp()
-        onehot = torch.zeros_like(own).scatter_(1, other.argmax(1, keepdim=True), 1.0)
-        mine = (e / e.sum(1, keepdim=True) - onehot) / valid.sum() * (valid & sure)[:, None]
-        torch.testing.assert_close(g, mine.detach(), **F64)
+def test_who_learns_from_whom():
+    """L_st with T1 sure of nothing but T2 of all, and the other way round; L_ss alike."""
+    nets, _, terms = tiny_step()
+    assert learners(terms["L_sup1"], nets) == {"student1"}
+    assert learners(terms["L_sup2"], nets) == {"student2"}
+    assert learners(terms["loss"], nets) == {"student1", "student2"}, "a teacher gets gradient"
+    for own, other in (("1", "2"), ("2", "1")):
+        nets, _, terms = tiny_step(f"teacher{own}", threshold=0.999, fa="none")
+        assert learners(terms["L_st"], nets) == {f"student{other}"}
+        nets, _, terms = tiny_step(f"student{own}", threshold_ss=0.999, fa="none")
+        assert learners(terms["L_ss"], nets) == {f"student{other}"}
 
 
 # ---------------------------------------------------------------------- first steps recomputed
@@ -459,15 +311,11 @@ VARIANTS = {
     "all flags": "--threshold {tau} --threshold-ss {tau_s} --ema 0.3 --lambda-st 0.7 --lambda-ss 2 "
     "--lambda0 3 --teacher-mode train --fa all",
     "students only, padding kept": "--fa students --keep-padding --iters 1 --threshold 0 "
-    "--threshold-ss 0 --teacher-mode train",
+    "--threshold-ss 0 --teacher-mode train --crop-size 48",
     "no augmentation": "--fa none --ramp 1 --threshold 0 --threshold-ss 0 --teacher-mode train",
-    "teachers in eval mode": "--fa none --threshold 0 --threshold-ss 0 --teacher-mode eval",
+    "teachers in eval mode, bf16": "--fa none --threshold 0 --threshold-ss 0 --teacher-mode eval "
+    "--amp bf16",
 }
-
-
-def half(z: Tensor) -> Tensor:
-    """The 2 x 2 average."""
-    return (z[..., ::2, ::2] + z[..., 1::2, ::2] + z[..., ::2, 1::2] + z[..., 1::2, 1::2]) / 4
 
 
 def first_steps(
@@ -486,7 +334,7 @@ def first_steps(
         x, u, y = standardized(batch["x"]), standardized(batch["u"]), batch["y"]
         u1 = standardized(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
         r = [data.rng(args.seed, "mkd", step, p) for p in range(2)]
-        m = xored(torch.tensor([mkd.mix_boxes(args.crop_size, k) for k in r]), args.crop_size)
+        m = xored(torch.tensor([mkd.draw_boxes(args.crop_size, k) for k in r]), args.crop_size)
         valid = torch.cat([batch["x_valid"], mixed(batch["u_valid"], m)])
         valid = torch.ones_like(valid) if args.keep_padding else valid
 
@@ -498,15 +346,18 @@ def first_steps(
                     theirs.copy_(keep * theirs + (1 - keep) * mine)
                 if args.teacher_mode == "eval":
                     teacher.load_state_dict(student.state_dict() | dict(teacher.named_parameters()))
-                weak = look(teacher.train(args.teacher_mode == "train"), torch.cat([x, u]))
+                weak = look(
+                    teacher.train(args.teacher_mode == "train"), torch.cat([x, u]), args.amp
+                )
                 z_t.append(torch.cat([weak["z_4"][:2], mixed(weak["z_4"][2:], m)]))
                 f_t.append(torch.cat([weak["f"][:2], mixed(weak["f"][2:], m)]))
-        both = [look(s, torch.cat([x, mixed(u1, m)])) for s in students]
+        both = [look(s, torch.cat([x, mixed(u1, m)]), args.amp) for s in students]
         z_s, f_s = ([b[k] for b in both] for k in ("z_4", "f"))
         sup = [supervised(bilinear(z[:2], y.shape[-2:]), y) for z in z_s]
 
+        # the class of a mean is that of its first cell, at that cell's pixel
+        y_8, valid_8 = (nearest(a, z_s[0].shape[-2:])[:, ::2, ::2] for a in (y, valid))
         z_s, z_t, f_s, f_t = ([half(v) for v in maps] for maps in (z_s, z_t, f_s, f_t))
-        y_8, valid_8 = (nearest(a, z_s[0].shape[-2:]) for a in (y, valid))
         z_aug = []
         for k, (net, z, f) in enumerate(
             zip([*students, *teachers], [*z_s, *z_t], [*f_s, *f_t], strict=True)
@@ -565,53 +416,17 @@ def test_first_steps_recomputed(variant: str, tmp_path, monkeypatch):
         assert 0.1 < lines[0]["confident"] < 0.9
     for step, terms in enumerate(mine):
         for name, value in terms.items():
-            tolerance = (2e-5, 0.01)[step]  # an update magnifies rounding
+            # an update magnifies rounding
+            tolerance = (2e-5, 0.05 if args.amp == "bf16" else 0.01)[step]
             assert lines[step][name] == pytest.approx(value, rel=tolerance), (step, name)
     for name, net in nets.items():
         assert_same_update(begin[name], net.state_dict(), latest[name])
-    for k, pixels in enumerate(seen):
+    for name, pixels in zip(nets, seen, strict=True):
         x = [all_pixels(pixels, c) if pixels else np.zeros((0, 256)) for c in range(6)]
         var = np.stack([len(a) * a.var(0) if len(a) else np.zeros(256) for a in x])
-        count, found = (latest["stats"][f"{k}.{name}"].numpy() for name in ("count", "var"))
+        count, found = (latest["stats"][f"{name}.{k}"].numpy() for k in ("count", "var"))
         assert count.sum() == sum(map(len, x))
         apart = np.linalg.norm(count[:, None] * found - var)
         assert apart <= 0.05 * np.linalg.norm(var)
     assert best["net"].keys() == begin["student1"].keys()
     assert torch.equal(best["net"]["classifier.weight"], latest["student1"]["classifier.weight"])
-
-
-def test_each_network_is_augmented_by_its_own_weight_and_statistics(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHAPES_VAL", 2)
-    original, calls = mkd.augment_network, []
-
-    def record(net: nn.Module, stats: nn.Module, z: Tensor, f: Tensor, known: tuple) -> Tensor:
-        # mixing and means commute with a 1x1 convolution: only the own weight makes z from f
-        with torch.no_grad():
-            calls.append((net, stats, (net.classifier(half(f)) - z).abs().max().item()))
-        return original(net, stats, z, f, known)
-
-    monkeypatch.setattr(mkd, "augment_network", record)
-    run_main(mkd, [*TINY, *"--fa all --teacher-mode train --lr 0.1".split()], tmp_path)
-    first, second = calls[:4], calls[4:]
-    assert len({id(net) for net, *_ in first}) == len({id(stats) for _, stats, _ in first}) == 4
-    assert [c[:2] for c in second] == [c[:2] for c in first]
-    assert all(apart < 1e-3 for *_, apart in calls), [c[2] for c in calls]
-    weights = [net.classifier.weight.detach() for net, *_ in first]
-    apart = [(a - b).abs().max().item() for k, a in enumerate(weights) for b in weights[:k]]
-    assert min(apart) > 1e-2, "networks too close for this to tell"
-
-
-def test_labeled_only_trains_student_1(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHAPES_VAL", 2)
-    argv = [*TINY, "--labeled-only", "--iters", "1"]
-    args = mkd.parse_args(argv)
-    torch.manual_seed(args.seed)
-    net = network(args.backbone)
-    begin, batch = copy.deepcopy(net.state_dict()), batches_of(args)[0]
-    loss = supervised(look(net, standardized(batch["x"]))["z"], batch["y"])
-    loss.backward()
-    backbone, head = split_parameters(net)
-    sgd(args, [(backbone, 1), (head, args.head_lr_mult)], 0, None)
-    lines, latest, _ = run_main(mkd, argv, tmp_path)
-    assert lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert_same_update(begin, net.state_dict(), latest["student1"])

@@ -58,6 +58,7 @@ import speed  # noqa: E402
 METHODS = {"speed": speed, "mkd": mkd, "segkc": segkc}
 UNLABELED = {"pascal": 10582 - 92, "cityscapes": 2975 - 186}  # --split 1/16
 CUDA = torch.cuda.is_available()
+wait = torch.cuda.synchronize if CUDA else lambda: None
 WARM, REPEAT = (3, 3) if CUDA else (1, 1)  # rounds that do not count; calls in a round
 LARGE = dict(backbone="resnet101", junior="resnet50", crop_size=321, batch_size=8)
 SMALL = dict(backbone="mobilenet_v2", junior="mobilenet_v2", crop_size=161, batch_size=8)
@@ -173,11 +174,6 @@ def in_turns(result: dict, calls: dict, batch: dict, rounds: int) -> Iterator[di
         pairs = zip(times, spent[first], strict=True)
         result[name] = statistics.median(times)
         result[f"{name} ÷ {first}"] = statistics.median(a / b for a, b in pairs)
-
-
-def wait() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
 
 
 def autocast_of(args: argparse.Namespace) -> functools.partial:
@@ -456,8 +452,10 @@ def machine() -> str:
     if not CUDA and os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((v.split(": ")[1] for v in lines if v.startswith("model name")), name)
-    git = ["git", "-C", str(REPO), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    commit = "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(REPO), "describe", "--always", "--dirty"]
+        commit = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
     said = f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch"
     return f"{said} {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, commit {commit}"
 
