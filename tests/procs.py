@@ -221,10 +221,13 @@ def free_port() -> int:
 def _fail_at() -> None:
     """DIE=rank:step:how[,...] in the environment: in its n-th life that rank dies at that step.
 
-    Steps count from the beginning of that life.
+    Steps count from the beginning of that life. In later lives rank 0 comes last: the others must
+    not read its old address meanwhile.
     """
     deaths = os.environ.get("DIE", "").split(",")
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if life > 0 and os.environ["RANK"] == "0":
+        time.sleep(2)
     if life >= len(deaths) or not deaths[life]:
         return
     rank, step, how = deaths[life].split(":")

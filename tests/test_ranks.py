@@ -217,6 +217,36 @@ def test_batch_norm_statistics_agree_over_ranks():
             assert torch.allclose(c, (a + b) / 2)
 
 
+def one_of_two(rank: int, port: int, folder: Path) -> None:
+    """For a process: a rank, without torchrun, that keeps what it would save."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    save = common.save
+
+    def keep(state: dict, *rest: object) -> None:
+        nets = {k: v.state_dict() for k, v in state.items() if isinstance(v, nn.Module)}
+        torch.save(nets, folder / f"{rank}.pt")
+        save(state, *rest)
+
+    common.save = keep
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_networks_agree_over_ranks(script, root, tmp_path):
+    """Guards: ranks that drift apart in their running statistics, teachers or class statistics."""
+    port = procs.free_port()
+    argv = procs.flags(script, root, tmp_path / "out")
+    ranks = []
+    for rank in (0, 1):
+        first = functools.partial(one_of_two, rank, port, tmp_path)
+        ranks.append(procs.start(script, argv, tmp_path / "text", first=first))
+    assert [procs.finish(p) for p in ranks] == [0, 0], (tmp_path / "text").read_text()
+    kept = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    procs.assert_same(*kept)
+    saved = torch.load(tmp_path / "out/latest.pt", weights_only=True)
+    procs.assert_same(kept[0], {name: saved[name] for name in kept[0]})
+
+
 # ------------------------------------------------------------------------------------- the log
 
 
@@ -265,7 +295,7 @@ def test_torchrun_restarts_after_kills(root, tmp_path, undisturbed):
     """
     argv = ["mkd", *procs.flags("mkd", root, tmp_path / "out", "--overwrite")]
     p = procs.torchrun(argv, "--nproc_per_node=2 --max-restarts=3", DIE="1:3:kill,0:3:kill")
-    text = procs.output(p)
+    text = procs.output(p, 120)
     assert p.returncode == 0, text
     assert [int(n) for n in re.findall(r"going on from step (\d+)", text)] == [2, 4]
     procs.assert_same(procs.result(tmp_path / "out"), undisturbed)
