@@ -227,7 +227,11 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "latest.pt cut": (put("out/latest.pt", b"PK\x03\x04 cut"), "", "latest.pt"),
     "another latest.pt": (put("out/latest.pt", {"net": {}}), "", "out | --overwrite"),
     "best.pt alone": (put("out/best.pt", {}), "", "{tmp}/out | no latest.pt | another --out"),
-    "out is a file": (put("f", b""), "--out {tmp}/f", "{tmp}/f | give another --out"),
+    "out is a file": (
+        put("f", b""),
+        "--out {tmp}/f",
+        "{tmp}/f: cannot be written | give another place",
+    ),
     "test code": (put("best.pt", CODE), TEST, "best.pt | mkdir"),
     "test a state dict": (put("best.pt", {"a": 1}), TEST, "best.pt | give"),
     "other classes": (put("best.pt", lambda: best_pt(classes=OTHER)), TEST, "best.pt | classes"),
