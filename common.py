@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchvision import models
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import ASPP
@@ -47,7 +49,7 @@ TAKEN = (2, 5, 8, 11)  # blocks whose maps are returned
 # flags that the parts of a resumed run need not share, as they do not change its result
 FREE = ("out", "root", "workers", "save_every", "overwrite", "resume_edited")
 LOWER = "the last good checkpoint stays; try a lower --lr, or --amp bf16 or off"
-_process = argparse.Namespace(signal=0, training=False, evaluating=False)  # for `launch`, signals
+_process = Namespace(signal=0, training=False, evaluating=False)  # for `launch`, signals
 
 # ---------------------------------------------------------------------------------- networks
 
@@ -264,7 +266,9 @@ class Segmenter(nn.Module):
         return [p for p in heads if p.requires_grad]
 
 
-def build_network(backbone, num_classes, output_stride=16, decoder="deeplab") -> Segmenter:
+def build_network(
+    backbone: str, num_classes: int, output_stride: int = 16, decoder: str = "deeplab"
+) -> Segmenter:
     """The network of --backbone, --output-stride and --decoder, or of a best.pt's `config`."""
     if backbone not in BACKBONES:
         raise InputError(f"backbone {backbone!r}: unknown; one of {', '.join(BACKBONES)}")
@@ -285,7 +289,7 @@ def load_checkpoint(path: Path, remedy: str = "give a state_dict") -> dict:
     """A dict of tensors and plain values, never code; InputError on anything else."""
     # beside tensors, files hold flags and numbers: these types do nothing when they are read
     scalar = np.float64(0).__reduce__()[0]
-    safe = [argparse.Namespace, np.dtype]
+    safe = [Namespace, np.dtype]
     safe += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     safe += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
     try:
@@ -375,8 +379,9 @@ def pick_device(local: int) -> torch.device:
 
 def rank_sum(t: Tensor) -> Tensor:
     """Sum of a tensor over ranks, no gradient."""
-    t = t.detach().clone()
+    t = t.detach()
     if dist.is_initialized():
+        t = t.clone()
         dist.all_reduce(t)
     return t
 
@@ -408,10 +413,10 @@ def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
     return (a * keep).sum() / rank_mean(valid.sum()).clamp_min(1)
 
 
-def supervised_loss(z: Tensor, y: Tensor, kind: str, share=0.156, thresh=0.7) -> Tensor:
+def supervised_loss(z: Tensor, y: Tensor, kind: str, share: float = 0.156) -> Tensor:
     """CE over the labelled pixels of the global batch; z [B, C, H, W], y [B, H, W], 255 ignored.
 
-    "ohem": only those whose true class has p <= thresh, but at least the `share` of lowest p.
+    "ohem": only those whose true class has p <= 0.7, but at least the `share` of lowest p.
     """
     ce = F.cross_entropy(z, y, ignore_index=data.IGNORE, reduction="none")  # [B, H, W]
     keep = y != data.IGNORE
@@ -423,7 +428,7 @@ def supervised_loss(z: Tensor, y: Tensor, kind: str, share=0.156, thresh=0.7) ->
             dist.all_gather(everyone, p)
         everyone = torch.cat(everyone).flatten()
         kth = everyone.kthvalue(max(1, round(share * len(everyone)))).values
-        keep = keep & (p <= kth.clamp_min(thresh))
+        keep = keep & (p <= kth.clamp_min(0.7))
     return masked_mean(ce, keep, keep)
 
 
@@ -431,7 +436,7 @@ def supervised_loss(z: Tensor, y: Tensor, kind: str, share=0.156, thresh=0.7) ->
 
 
 @torch.no_grad()
-def predict(net: Segmenter, image: Tensor, settings: argparse.Namespace) -> Tensor:
+def predict(net: Segmenter, image: Tensor, settings: Namespace) -> Tensor:
     """Image [B, 3, H, W] to scores [B, C, H, W]: logits, or if "slide" windows' mean softmax."""
     dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
     with torch.autocast(image.device.type, dtype, enabled=settings.amp != "off"):
@@ -442,17 +447,15 @@ def predict(net: Segmenter, image: Tensor, settings: argparse.Namespace) -> Tens
         image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
         total = image.new_zeros(len(image), net.config["num_classes"], *image.shape[-2:])
         count = image.new_zeros(image.shape[-2:])
-        for top in _window_starts(image.shape[-2], crop):
-            for left in _window_starts(image.shape[-1], crop):
+        bottom = image.shape[-2] - crop
+        right = image.shape[-1] - crop
+        stride = crop * 2 // 3
+        for top in (min(k, bottom) for k in range(0, bottom + stride, stride)):  # last: shifted in
+            for left in (min(k, right) for k in range(0, right + stride, stride)):
                 place = (..., slice(top, top + crop), slice(left, left + crop))
                 total[place] += net(image[place]).softmax(1)
                 count[place] += 1
         return (total / count)[:, :, :height, :width]
-
-
-def _window_starts(size: int, crop: int) -> list[int]:
-    stride = crop * 2 // 3  # the last window is shifted inside
-    return [min(i * stride, size - crop) for i in range(math.ceil((size - crop) / stride) + 1)]
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
@@ -478,7 +481,9 @@ def absent_note(iou: dict[str, float | None]) -> str:
 
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)  # it would tune anew for each size
-def evaluate(nets: dict[str, Segmenter], split: data.Split, args, device) -> dict[str, Tensor]:
+def evaluate(
+    nets: dict[str, Segmenter], split: data.Split, args: Namespace, device: torch.device
+) -> dict[str, Tensor]:
     """Confusion matrices [C, C] over the val images, each once over all ranks. Ends in train()."""
     rank, world = rank_world()
     classes = len(split.classes)
@@ -496,7 +501,7 @@ def evaluate(nets: dict[str, Segmenter], split: data.Split, args, device) -> dic
 
 
 @torch.no_grad()
-def predict_image(net: Segmenter, image: Image.Image, settings: argparse.Namespace) -> np.ndarray:
+def predict_image(net: Segmenter, image: Image.Image, settings: Namespace) -> np.ndarray:
     """Class ids [H, W] uint8 of a PIL image by a network in eval mode, padded as in evaluation."""
     batches = data.ValBatches([], 1, net.backbone.grid, settings.crop_size)
     height, width = batches.padded(image.size)
@@ -508,22 +513,22 @@ def predict_image(net: Segmenter, image: Image.Image, settings: argparse.Namespa
     return label.byte().cpu().numpy()
 
 
-def load_best(path: str | Path, device="cpu") -> tuple[Segmenter, list[str], argparse.Namespace]:
+def load_best(path: str | Path, device: str = "cpu") -> tuple[Segmenter, list[str], Namespace]:
     """The network of a best.pt in eval mode, its classes, and the settings of its evaluation."""
     saved = load_checkpoint(Path(path))
     try:
         net = build_network(**saved["config"])
         net.load_state_dict(saved["net"])
-        settings = argparse.Namespace(**saved["eval"])
+        settings = Namespace(**saved["eval"])
         classes = list(saved["classes"])
     except (InputError, AttributeError, KeyError, RuntimeError, TypeError) as e:
         raise InputError(f"{path}: no best.pt of ours ({first_line(e)}); give one") from None
     return net.place(torch.device(device)).eval(), classes, settings
 
 
-def test(args: argparse.Namespace, device: torch.device) -> None:
+def test(args: Namespace, device: torch.device) -> None:
     """--test-only: evaluates a best.pt on the val images, or predicts the pictures of --predict."""
-    net, classes, _ = load_best(args.test_only, device)
+    net, classes, _ = load_best(args.test_only, str(device))
     if net.config["backbone"] in DINOV2 and args.crop_size % PATCH:
         raise InputError(f"--crop-size {args.crop_size}: a DINOv2 needs a multiple of {PATCH}")
     if args.predict:
@@ -541,7 +546,7 @@ def test(args: argparse.Namespace, device: torch.device) -> None:
     say(f"mIoU {miou:.2f}{absent_note(iou)} on {len(source.val)} images · {how}")
 
 
-def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
+def predict_pictures(net: Segmenter, args: Namespace) -> None:
     """--predict: class ids [H, W] and an overlay of each; exit status 1 if one was unreadable."""
     pictures = [args.predict]
     if args.predict.is_dir():
@@ -576,11 +581,11 @@ def predict_pictures(net: Segmenter, args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------- flags
 
 
-def make_parser(script: str, description: str) -> argparse.ArgumentParser:
+def make_parser(script: str, description: str) -> ArgumentParser:
     """A parser with the flags that all scripts share; a script adds its own and calls `parse`."""
     sources = [Path(f).read_bytes() for f in (script, __file__, data.__file__)]
     digest = hashlib.sha256(b"".join(sources)).hexdigest()[:12]
-    p = argparse.ArgumentParser(description=description)
+    p = ArgumentParser(description=description)
     p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     p.set_defaults(method=Path(script).stem, sources=digest, labeled_only=False)
     g = p.add_argument_group("data")
@@ -622,7 +627,7 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     return p
 
 
-def parse(p: argparse.ArgumentParser, argv: list[str] | None, **method) -> argparse.Namespace:
+def parse(p: ArgumentParser, argv: list[str] | None, **method: dict) -> Namespace:
     """Parses in two goes: data set and backbone choose presets, `method` overrides them by name."""
     first = p.parse_known_args(argv)[0]
     saved = load_checkpoint(first.test_only) if first.test_only else {}
@@ -642,16 +647,14 @@ def parse(p: argparse.ArgumentParser, argv: list[str] | None, **method) -> argpa
     if any(told[1:]) and not all(told):
         raise InputError("--predict, --save-predictions: give both, and --test-only CKPT")
     if args.crop_size < 32 or vit and args.crop_size % PATCH:
-        raise InputError(
-            f"--crop-size {args.crop_size}: give 32 or more, a multiple of 14 for DINOv2"
-        )
+        raise InputError(f"--crop-size {args.crop_size}: give 32 or more; DINOv2: 42, 56, 70, ...")
     if dataset == "shapes" and not name:
         say(f"NOTE: no PASCAL VOC 2012 under {args.root}: this run uses the built-in shapes")
         say(f"NOTE: to fetch it: python data.py --dataset pascal --root {args.root} --download")
     return args
 
 
-def settle(args: argparse.Namespace, split: data.Split, world: int, device: torch.device) -> None:
+def settle(args: Namespace, split: data.Split, world: int, device: torch.device) -> None:
     """Fills the flags left open and refuses what cannot work; InputError names the flag."""
     if args.batch_size % (2 * world):
         what = f"--batch-size {args.batch_size} on {world} ranks"
@@ -701,13 +704,13 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def flags_of(args: argparse.Namespace, split: data.Split) -> dict:
+def flags_of(args: Namespace, split: data.Split) -> dict:
     """The flags that make a run what it is, and the hash of its lists, as plain values."""
     flags = {k: v for k, v in vars(args).items() if k not in FREE}
     return json.loads(json.dumps(flags | {"lists": split.hash}, default=str))
 
 
-def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]) -> int:
+def resume(args: Namespace, split: data.Split, state: dict[str, object]) -> int:
     """Loads latest.pt into `state`, returns its step, else 0. InputError if its run was another."""
     latest = args.out / "latest.pt"
     again = "give another --out, or --overwrite"
@@ -744,7 +747,7 @@ def resume(args: argparse.Namespace, split: data.Split, state: dict[str, object]
 class Log:
     """log.jsonl and args.json of a run. Rank 0 writes; all ranks know the evaluations."""
 
-    def __init__(self, args: argparse.Namespace, start: int) -> None:
+    def __init__(self, args: Namespace, start: int) -> None:
         """Takes over the lines up to step `start`; drops later ones, and files of an old run."""
         self.args = args
         self.rows: list[Tensor] = []  # terms that no line holds yet, [terms] each, on the device
@@ -797,7 +800,7 @@ class Log:
                 if not math.isfinite(value):
                     raise RunError(f"step {step}: {name} is {value}; {LOWER}")
 
-    def train(self, done: int, optimizer: torch.optim.Optimizer, scaler) -> None:
+    def train(self, done: int, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
         """The line after step `done`: means of all terms since the line before, over all ranks."""
         self.check(done)
         if scaler.is_enabled() and scaler.get_scale() < 1:
@@ -850,7 +853,9 @@ def save(state: dict[str, object], split: data.Split, log: Log, done: int) -> No
         save_file(saved, log.args.out / "latest.pt")
 
 
-def validate(nets: dict[str, Segmenter], split: data.Split, device, log: Log, done: int) -> None:
+def validate(
+    nets: dict[str, Segmenter], split: data.Split, device: torch.device, log: Log, done: int
+) -> None:
     """Evaluates `nets` after step `done`; the mIoU of the first decides on best.pt."""
     begin = time.perf_counter()
     args = log.args
