@@ -3,7 +3,6 @@
 Dimension key: B images, C classes, H and W pixels, h and w cells of a feature map.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
@@ -19,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from torch.optim import Optimizer
 from torchvision import models
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation.deeplabv3 import ASPP
-from torchvision.ops import Conv2dNormActivation
+from torchvision.ops import Conv2dNormActivation as ConvNormReLU
 from tqdm import tqdm
 
 import data
@@ -46,8 +45,7 @@ DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}_pretrain.pth"
 BACKBONES = (*CNNS, *DINOV2)
 PATCH, TABLE, DEPTH = 14, 37, 12  # of DINOv2: pixels, the position table's side, blocks
 TAKEN = (2, 5, 8, 11)  # blocks whose maps are returned
-# flags that the parts of a resumed run need not share, as they do not change its result
-FREE = ("out", "root", "workers", "save_every", "overwrite", "resume_edited")
+FREE = ("out", "root", "workers", "save_every", "overwrite", "resume_edited")  # free on resume
 LOWER = "the last good checkpoint stays; try a lower --lr, or --amp bf16 or off"
 _process = Namespace(signal=0, training=False, evaluating=False)  # for `launch`, signals
 
@@ -210,9 +208,8 @@ class DeepLabDecoder(nn.Module):
         super().__init__()
         self.aspp = ASPP(deep, [rate * dilation for rate in (6, 12, 18)], 256)
         self.aspp.project = self.aspp.project[:3]  # without its dropout
-        self.reduce = Conv2dNormActivation(low, 48, 1)
-        fuse_1 = Conv2dNormActivation(256 + 48, 256, 3)
-        self.fuse = nn.Sequential(fuse_1, Conv2dNormActivation(256, 256, 3))
+        self.reduce = ConvNormReLU(low, 48, 1)
+        self.fuse = nn.Sequential(ConvNormReLU(304, 256, 3), ConvNormReLU(256, 256, 3))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         low = self.reduce(maps[0])
@@ -585,8 +582,7 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     """A parser with the flags that all scripts share; a script adds its own and calls `parse`."""
     sources = [Path(f).read_bytes() for f in (script, __file__, data.__file__)]
     digest = hashlib.sha256(b"".join(sources)).hexdigest()[:12]
-    p = ArgumentParser(description=description)
-    p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    p = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     p.set_defaults(method=Path(script).stem, sources=digest, labeled_only=False)
     g = p.add_argument_group("data")
     data.add_flags(g)
