@@ -797,7 +797,8 @@ def test_normalize_is_imagenets():
 def test_without_unlabelled_images_the_labelled_batches_are_the_same(folder):
     split, args = split_of(folder), batch_args()
     full = next(data.train_batches(split, args, 0, 1, 2, CPU))
-    alone = next(data.train_batches(split, args, 0, 1, 2, CPU, unlabeled=False))
+    args.labeled_only = True
+    alone = next(data.train_batches(split, args, 0, 1, 2, CPU))
     assert alone.keys() == set("step positions x y x_rect x_id x_valid".split())
     assert same(alone, {k: full[k] for k in alone})
 

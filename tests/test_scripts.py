@@ -54,8 +54,7 @@ def blocks(name: str) -> dict[str, list[str]]:
 
 
 OWN = {  # in the shared blocks, the lines that are a method's own begin so
-    "resume": ("    nets = {", "    state = {"),
-    "train": ("    unlabeled = ", "    batches = "),
+    "resume": ("    nets = {", "    state = {")
 }
 
 
