@@ -124,7 +124,7 @@ def _list(path: Path, blank: bool = False) -> list[str]:
     try:
         text = path.read_text("utf-8-sig").rstrip()  # -sig: without a byte order mark
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({e}); give a text file in UTF-8") from None
+        raise InputError(f"{path}: not found, or no UTF-8 text ({e}); give such a file") from None
     return [line.strip() for line in text.splitlines() if blank or line.strip()]
 
 
@@ -433,8 +433,8 @@ def _draw(source: Source, split: str, seed: int, protocol: str) -> tuple[list[It
         raise InputError(f"--split {split}: give a share (1/8, full), a count or a folder of lists")
     n = math.ceil(len(pool) * int(m[1]) / int(m[2])) if m[2] else int(m[1])  # as published
     if not 0 < n <= len(pool):
-        of = f"of {len(pool)} that have a mask ({len(source.left)} files are left out)"
-        raise InputError(f"--split {split}: labels {n} images {of}; label at least 1, at most all")
+        masks = f"there are {len(pool)} masks ({len(source.left)} files are left out)"
+        raise InputError(f"--split {split}: {n} labelled images; {masks}, give 1 to {len(pool)}")
     chosen = {i.id for i in pool[:n]}
     rest = [i for i in source.train if i.id not in chosen]
     return sorted(pool[:n], key=lambda i: i.id), sorted(rest, key=lambda i: i.id)
@@ -462,7 +462,7 @@ def _read_list(source: Source, path: Path) -> list[Item]:
             item = by_id.get(words[0])
         if item is None:
             where = f"{source.name} {source.root}"
-            raise InputError(f"{path}: {words[0]!r} is not in {where}; give ids or paths of images")
+            raise InputError(f"{path}: {words[0]!r} is not in {where}; remove it, or give a path")
         items.append(item)
     if not items:
         raise InputError(f"{path}: an empty list; give at least one image")

@@ -557,12 +557,6 @@ def test_every_raw_cityscapes_id(tmp_path):
     assert (mask == 255).sum() == 256 - 19
 
 
-def test_masks_by_their_stem_in_any_case(tmp_path):
-    root = make_folder(tmp_path)
-    (root / "train/masks/t01.png").rename(root / "train/masks/t01.PNG")
-    assert data.load_source("folder", root).train[1].mask.name == "t01.PNG"
-
-
 def test_images_of_one_stem(tmp_path):
     """Guards: a pair that is not side by side in the order of the file names."""
     root = make_folder(tmp_path)
@@ -783,6 +777,12 @@ def test_what_reaches_the_device(folder):
     assert batch["y"].dtype == torch.int64
     assert torch.equal(batch["y"], raw["y"].long())
     assert (batch["y"][~batch["x_valid"]] == 255).all()
+    assert raw["box"].any()
+    for box, cutmix in zip(raw["box"].flatten(0, 1), batch["cutmix"].flatten(0, 1), strict=True):
+        top, left, bottom, right = box.tolist()
+        inside = torch.zeros(32, 32, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        assert torch.equal(cutmix, inside)
     padded = data.normalize(batch["x"]).permute(0, 2, 3, 1)[~batch["x_valid"]]
     assert len(padded) > 0
     assert padded.abs().max() < 0.02  # padding is zero for the network

@@ -319,7 +319,7 @@ def test_no_mask_of_a_stem_says_what_is_left_out(tmp_path):
     root = make_folder(tmp_path)
     for mask in (root / "train/masks").iterdir():
         mask.rename(mask.with_name(f"{mask.stem}_mask.png"))
-    said = "--split full: labels 0 images of 0 that have a mask (4 files are left out)"
+    said = "--split full: 0 labelled images; there are 0 masks (4 files are left out)"
     assert said in refusal(load, root)
 
 

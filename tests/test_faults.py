@@ -123,8 +123,10 @@ def test_read_only_folder(left, root, half, tmp_path_factory):
         more = "" if left == "a run" else "--overwrite"
         p = procs.start("speed", procs.flags("speed", own, out, more), text, first=read_only)
         assert procs.finish(p) == 1
-        told = f"error: {out}: cannot be written (Permission denied); give another --out"
-        assert one_line(text) == told
+        line = one_line(text)
+        assert line.startswith(f"error: {out}: cannot be written (")
+        assert "Permission denied" in line
+        assert "give another place" in line
         assert before == {p: p.read_bytes() for p in out.iterdir()}
     finally:
         out.chmod(0o755)

@@ -52,7 +52,7 @@ def test_a_fork_by_the_readmes_edits_trains_and_goes_on(tmp_path):
     assert p.returncode == 128 + signal.SIGTERM, said
     done = subprocess.run(command, capture_output=True, **how)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"mine-shapes-1-16-s0/latest.pt: going on from step [23]\n", done.stdout)
+    assert re.search(r"mine-shapes-1-16-s0/latest.pt: going on from step [23] of 4\n", done.stdout)
 
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [(x["kind"], x["step"]) for x in lines] == [

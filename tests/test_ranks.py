@@ -231,20 +231,31 @@ def one_of_two(rank: int, port: int, folder: Path) -> None:
     common.save = keep
 
 
+@pytest.fixture(scope="module")
+def on_two(root, tmp_path_factory):
+    """A script's run on two ranks: what each of them would save, and the run's result."""
+
+    @functools.cache
+    def run(script: str) -> tuple[list[dict], dict]:
+        folder, port = tmp_path_factory.mktemp(script), procs.free_port()
+        argv = procs.flags(script, root, folder / "out")
+        ranks = []
+        for rank in (0, 1):
+            first = functools.partial(one_of_two, rank, port, folder)
+            ranks.append(procs.start(script, argv, folder / "text", first=first))
+        assert [procs.finish(p) for p in ranks] == [0, 0], (folder / "text").read_text()
+        kept = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+        return kept, procs.result(folder / "out")
+
+    return run
+
+
 @pytest.mark.parametrize("script", METHODS)
-def test_networks_agree_over_ranks(script, root, tmp_path):
+def test_networks_agree_over_ranks(script, on_two):
     """Guards: ranks that drift apart in their running statistics, teachers or class statistics."""
-    port = procs.free_port()
-    argv = procs.flags(script, root, tmp_path / "out")
-    ranks = []
-    for rank in (0, 1):
-        first = functools.partial(one_of_two, rank, port, tmp_path)
-        ranks.append(procs.start(script, argv, tmp_path / "text", first=first))
-    assert [procs.finish(p) for p in ranks] == [0, 0], (tmp_path / "text").read_text()
-    kept = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    kept, result = on_two(script)
     procs.assert_same(*kept)
-    saved = torch.load(tmp_path / "out/latest.pt", weights_only=True)
-    procs.assert_same(kept[0], {name: saved[name] for name in kept[0]})
+    procs.assert_same(kept[0], {name: result["latest"][name] for name in kept[0]})
 
 
 # ------------------------------------------------------------------------------------- the log
@@ -278,17 +289,7 @@ def test_train_lines_are_means_over_steps_and_ranks(world, tmp_path):
 # ------------------------------------------------------------------------------------ torchrun
 
 
-@pytest.fixture(scope="module")
-def undisturbed(root, tmp_path_factory):
-    """What a run of MKD on two ranks leaves."""
-    out = tmp_path_factory.mktemp("straight") / "out"
-    p = procs.torchrun(["mkd", *procs.flags("mkd", root, out)])
-    text = procs.output(p)
-    assert p.returncode == 0, text
-    return procs.result(out)
-
-
-def test_torchrun_restarts_after_kills(root, tmp_path, undisturbed):
+def test_torchrun_restarts_after_kills(root, tmp_path, on_two):
     """Guards: a restart that hangs on dead ranks' addresses, starts anew, or ends elsewhere.
 
     With --overwrite, which is for the first life alone.
@@ -298,10 +299,10 @@ def test_torchrun_restarts_after_kills(root, tmp_path, undisturbed):
     text = procs.output(p, 120)
     assert p.returncode == 0, text
     assert [int(n) for n in re.findall(r"going on from step (\d+)", text)] == [2, 4]
-    procs.assert_same(procs.result(tmp_path / "out"), undisturbed)
+    procs.assert_same(procs.result(tmp_path / "out"), on_two("mkd")[1])
 
 
-def test_two_nodes(root, tmp_path, undisturbed):
+def test_two_nodes(root, tmp_path, on_two):
     """Guards: ranks taken for local ranks. Two launchers on the loopback address."""
     port = procs.free_port()
     options = "--nnodes=2 --nproc_per_node=1 --rdzv-backend=c10d --rdzv-id=1 "
@@ -310,7 +311,7 @@ def test_two_nodes(root, tmp_path, undisturbed):
     nodes = [procs.torchrun(argv, options) for _ in range(2)]
     texts = [procs.output(p) for p in nodes]
     assert [p.returncode for p in nodes] == [0, 0], texts
-    procs.assert_same(procs.result(tmp_path / "out"), undisturbed)
+    procs.assert_same(procs.result(tmp_path / "out"), on_two("mkd")[1])
 
 
 def signal_to_rank_1() -> list[int]:
@@ -346,7 +347,7 @@ def test_sigterm_to_torchrun_saves_one_step(root, tmp_path):
     assert 4 <= step < 3000
     assert step % 2 == 0  # where a log line is due
     assert len(procs.log_of(out)) == step / 2
-    assert text.count("signal 15: saved; the same command goes on from there") == 1
+    assert text.count("signal 15: saved; the same command, without --overwrite, goes on") == 1
     ours = [line for line in text.splitlines() if "/speed.py" in line or "/common.py" in line]
     assert not ours  # no traceback of ours
 
@@ -364,7 +365,7 @@ def test_more_ranks_than_gpus(root, tmp_path):
     argv, text = procs.flags("speed", root, tmp_path / "out", "--batch-size 8"), tmp_path / "text"
     p = procs.start("speed", argv, text, first=functools.partial(third_of_two, names))
     assert procs.finish(p) == 1
-    told = "[rank 2] error: LOCAL_RANK 2: no such GPU, this process sees 2; lower --nproc_per_node"
+    told = "[rank 2] error: LOCAL_RANK 2: there is no such GPU; lower --nproc_per_node"
     assert procs.lines(text)[-1].startswith(told)
     assert "Traceback" not in text.read_text()
 

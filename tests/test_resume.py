@@ -206,7 +206,7 @@ def test_signal_saves_the_step_under_way_and_stops(script, number, root, tmp_pat
     os.killpg(p.pid, number)
     assert procs.finish(p) == 128 + number
     assert saved(out)["step"] in (5, 6, 7)
-    last = f"signal {int(number)}: saved; the same command goes on from there"
+    last = f"signal {int(number)}: saved; the same command, without --overwrite, goes on"
     assert procs.lines(text)[-1] == last
     assert "Traceback" not in text.read_text()
     run(script, argv)
@@ -364,7 +364,7 @@ def test_finished_run_prints_its_last_line(root, finished, capsys):
     text = capsys.readouterr().out
     end = f"mIoU last {miou:.2f} · best {miou:.2f} at step 2 · {finished}"
     assert text.splitlines()[-1] == end
-    assert "finished before, no step is left" in text
+    assert "going on from step 2 of 2" in text
     assert {k: v for k, v in contents(finished).items() if k in before} == before
 
 

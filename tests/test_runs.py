@@ -90,7 +90,8 @@ def test_eval_line_and_best_are_of_the_named_networks(script, root, tmp_path, sm
 def test_best_is_the_best_and_last_the_last(root, tmp_path, small, monkeypatch, capsys):
     """Guards: the last network saved as the best, the best mIoU told as the last."""
     falling = iter([30.0, 50.0, 50.0, 40.0])  # at steps 3, 6, 9, 11
-    monkeypatch.setattr(common, "iou_of", lambda _: (next(falling), [1.0, 2.0, None]))
+    iou = {"sky": 1.0, "road": 2.0, "car": None}
+    monkeypatch.setattr(common, "iou_of", lambda *_: (next(falling), iou))
     at_six = {}
 
     def look() -> None:
