@@ -882,6 +882,14 @@ def test_every_val_image_once_whatever_the_ranks(mixed_sizes, world, workers):
         assert same(batch, alone[tuple(batch["id"])])
 
 
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_every_val_image_once_where_a_size_leaves_a_part_of_a_batch(mixed_sizes, most):
+    """Guards: an image counted twice to fill a batch. Five images are of one padded size."""
+    batches = data.ValBatches(mixed_sizes.val, 3, 16, most=most).batches
+    assert sorted(item.id for b in batches for item in b) == [f"v{i}" for i in range(9)]
+    assert max(map(len, batches)) == most
+
+
 def test_val_batches_hold_the_images(mixed_sizes):
     dataset, seen = data.ValBatches(mixed_sizes.val, 3, 16), 0
     for batch in data.val_batches(dataset, 0, 1, 0, CPU):

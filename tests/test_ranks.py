@@ -314,6 +314,17 @@ def test_two_nodes(root, tmp_path, on_two):
     procs.assert_same(procs.result(tmp_path / "out"), on_two("mkd")[1])
 
 
+def signal_to_rank_1() -> list[int]:
+    common._process.signal = signal.SIGTERM * int(os.environ["RANK"])
+    return [common.stop_signal(False), common.stop_signal(True)]
+
+
+def test_a_signal_to_one_rank_stops_all():
+    """Guards: a node that is preempted alone: the others would wait for it, and nothing is saved.
+    They agree where a log line is due."""
+    assert procs.on_ranks(2, signal_to_rank_1) == [[0, signal.SIGTERM]] * 2
+
+
 def test_rank_that_fails_brings_the_others_down(root, tmp_path):
     """Guards: ranks that wait for one that is gone until the cluster's time is up; silence."""
     argv = ["speed", *procs.flags("speed", root, tmp_path / "out")]

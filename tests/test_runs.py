@@ -1,6 +1,7 @@
 """What a run is made of: its steps, its lines, its best network, --compile, other systems."""
 
 import argparse
+import json
 import logging
 import subprocess
 import sys
@@ -104,6 +105,28 @@ def test_best_is_the_best_and_last_the_last(root, tmp_path, small, monkeypatch, 
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("mIoU last 40.00")
     assert "best 50.00 at step 6" in last
+
+
+@pytest.mark.parametrize(("more", "images"), [("", 2), ("--labeled-only", 1)])
+def test_images_a_second_are_of_training_alone(more, images, root, tmp_path, small, monkeypatch):
+    """Guards: evaluations, or steps of another line, in the rate. Each step takes 0.5 s."""
+    now, update, evaluate = [0.0], torch.amp.GradScaler.update, common.evaluate
+
+    def half_a_second(*args: object) -> None:
+        update(*args)
+        now[0] += 0.5
+
+    def long(*args: object) -> dict:
+        now[0] += 1000
+        return evaluate(*args)
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.amp.GradScaler, "update", half_a_second)
+    monkeypatch.setattr(common, "evaluate", long)
+    procs.speed.main(procs.flags("speed", root, tmp_path, more))
+    log = [json.loads(line) for line in procs.lines(tmp_path / "log.jsonl")]
+    found = [(line["step"], line["images_s"]) for line in log if line["kind"] == "train"]
+    assert found == [(step, images * 4 / 0.5) for step in (3, 6, 9, 11)]
 
 
 @pytest.mark.parametrize("script", ["speed", "segkc"])  # MKD's lines are SegKC's

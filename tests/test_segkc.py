@@ -33,6 +33,7 @@ from helpers import (
 )
 from torch import Tensor, nn
 
+import common
 import data
 import segkc
 from common import build_network
@@ -179,6 +180,21 @@ def two_steps(
         )
         lines.append(line)
     return lines
+
+
+def test_each_network_loads_its_own_weights(tmp_path, monkeypatch):
+    """Guards: --weights or --senior-weights that does nothing, or reaches the other network."""
+    loaded = []
+
+    def load(net: nn.Module, name: str, weights: str, *_: object) -> str:
+        loaded.append((net.config["backbone"], name, weights))
+        return ""
+
+    monkeypatch.setattr(common, "load_weights", load)
+    monkeypatch.setattr(data, "SHAPES_VAL", 2)
+    argv = [*TINY, "--senior", "resnet34", "--junior", "resnet18", "--iters", "1"]
+    run_main(segkc, [*argv, "--weights", "a.pt", "--senior-weights", "b.pt"], tmp_path)
+    assert loaded == [("resnet18", "resnet18", "a.pt"), ("resnet34", "resnet34", "b.pt")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

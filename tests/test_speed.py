@@ -112,6 +112,12 @@ def test_pick_view_takes_the_view_of_higher_or_lower_entropy_or_the_coins():
         assert tossed[place].item() is (coin[place].item() < 0.5)
 
 
+def test_equal_cells_are_of_the_first_view():
+    h = torch.tensor([[[0.3, 0.0], [speed.PAD_ENTROPY, 1.7]]])
+    for pick in ("max", "min"):
+        assert not speed.pick_view(h, h, pick).any()
+
+
 def test_coins_are_of_their_own_seed_step_and_position():
     """An absolute value, too: a fault in the stream can be the same on all ranks."""
     coins = speed.draw_coins(0, 5, [0, 1, 2, 3], 4)
