@@ -410,10 +410,10 @@ def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
     return (a * keep).sum() / rank_mean(valid.sum()).clamp_min(1)
 
 
-def supervised_loss(z: Tensor, y: Tensor, kind: str, share: float = 0.156) -> Tensor:
+def supervised_loss(z: Tensor, y: Tensor, kind: str, share: float, most: float = 0.7) -> Tensor:
     """CE over the labelled pixels of the global batch; z [B, C, H, W], y [B, H, W], 255 ignored.
 
-    "ohem": only those whose true class has p <= 0.7, but at least the `share` of lowest p.
+    "ohem": only those whose true class has p <= most, but at least the `share` of lowest p.
     """
     ce = F.cross_entropy(z, y, ignore_index=data.IGNORE, reduction="none")  # [B, H, W]
     keep = y != data.IGNORE
@@ -425,7 +425,7 @@ def supervised_loss(z: Tensor, y: Tensor, kind: str, share: float = 0.156) -> Te
             dist.all_gather(everyone, p)
         everyone = torch.cat(everyone).flatten()
         kth = everyone.kthvalue(max(1, round(share * len(everyone)))).values
-        keep = keep & (p <= kth.clamp_min(0.7))
+        keep = keep & (p <= kth.clamp_min(most))
     return masked_mean(ce, keep, keep)
 
 

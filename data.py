@@ -548,8 +548,8 @@ class TrainBatches(Dataset):
     """One rank's share of the global batch of a step; the step is the index.
 
     x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R], x_id; unless labeled_only u, u_rect,
-    u_id alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box) and the `order`
-    of the four jitter ops. `step` and `positions` in the global batch say which samples these are.
+    u_id alike, `strong` [V, b, 6] (strong_params), `box` [V, b, R] (cutmix_box) and the `order` of
+    the four jitter ops. `step` and `positions` in the global batch say which samples these are.
     """
 
     def __init__(self, split: Split, args: argparse.Namespace, rank=0, world=1) -> None:

@@ -467,7 +467,7 @@ def test_val_image_that_is_listed_twice(tmp_path):
     root = make_pascal(tmp_path / "voc")
     path = root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"
     path.write_text(path.read_text() + VOC_VAL[0] + "\n")
-    with pytest.raises(InputError, match=f"{VOC_VAL[0]}: a val and a val image"):
+    with pytest.raises(InputError, match=f"{VOC_VAL[0]}: val and val; list it once"):
         data.make_split(data.load_source("pascal", root), "2", 0, "classic")
 
 

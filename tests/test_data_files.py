@@ -299,7 +299,7 @@ def test_what_is_left_out_is_named(tmp_path, monkeypatch, capsys):
     assert len(split.labeled) == 2
     images, masks = f"no {' '.join(data.SUFFIXES)} file", "no .png file"
     why = f"{images}; {masks}; no image has its stem"
-    assert split.notes == [f"{root}: 9 files left out ({why}); data.py lists them"]
+    assert split.notes == [f"{root}: 9 files left out ({why}); see data.py"]
     status, lines = checked(root, monkeypatch, capsys)
     assert status == 1
     for name in "t02_mask.png t03.tif a.heic b.heic c.heic d.heic more v07.png ._t00.jpg".split():

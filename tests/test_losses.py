@@ -91,7 +91,7 @@ def test_supervised_loss(case: str, share: float | None, scale: float):
         if y[b, i, j] != 255 and r.random() < 0.8:
             z[b, y[b, i, j], i, j] += 2 * scale
     found = cross_entropies(z, y)
-    kind = ("ce",) if share is None else ("ohem", share)
+    kind = ("ce", 0.156) if share is None else ("ohem", share)
     kept = found if share is None else hard(found, y.size, share)
     z_t = torch.tensor(z, requires_grad=True)
     loss = common.supervised_loss(z_t, torch.from_numpy(y), *kind)
