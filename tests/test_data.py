@@ -8,33 +8,18 @@ import sys
 import types
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import torchvision.datasets
 import torchvision.transforms.functional as TF
-from datasets import (
-    VOC_TRAIN,
-    VOC_VAL,
-    batch_args,
-    blobs,
-    make_cityscapes,
-    make_folder,
-    make_pascal,
-    noise,
-    png,
-    save,
-    save_palette,
-    shared,
-    truncate,
-    write_lists,
-)
+from datasets import VOC_TRAIN, VOC_VAL, batch_args, blobs, make_folder, make_pascal, noise, save
 from PIL import Image
 
 import data
 from data import InputError, Item, Source
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
@@ -114,11 +99,9 @@ def test_strong_params_are_drawn_as_the_notation_says():
     for k, on in ((0, jitter), (1, jitter), (2, jitter), (3, jitter), (5, blur)):
         (low, high), values = ranges[k], draws[on, k]
         share = np.histogram(values, 4, (low, high))[0] / len(values)
-        assert values.min() >= low
-        assert values.max() <= high
+        assert sum(share) == pytest.approx(1)  # none is outside
         assert all(near(s, 0.25, len(values)) for s in share)  # uniform
-    corners = np.corrcoef(draws[jitter, :4].T)
-    assert abs(corners - np.eye(4)).max() < 0.08
+    assert abs(np.corrcoef(draws[jitter, :4].T) - np.eye(4)).max() < 0.08
 
 
 # --------------------------------------------------------------------------- weak view
@@ -165,9 +148,7 @@ def test_weak_view_is_a_crop_of_the_scaled_image(size, crop, scale):
         u, y, rect = data.weak_view(image, mask, crop, scale, data.rng(k, "t"))
         part, label, tie, flip = whole_then_crop(image, mask, crop, scale, data.rng(k, "t"))
         flips.add(bool(flip))
-        assert u.shape == (crop, crop, 3)
-        assert y.shape == (crop, crop)
-        assert u.dtype == y.dtype == np.uint8
+        assert u.shape == (*y.shape, 3) == (crop, crop, 3)
         top, left, bottom, right = rect
         assert (bottom - top, right - left) == label.shape
         assert top == 0
@@ -212,9 +193,9 @@ def test_weak_view_draws_scales_flips_and_places_evenly():
 # --------------------------------------------------------------------------- boxes
 
 
-@pytest.mark.parametrize("crop", [64, 321])
-def test_cutmix_box(crop):
-    n = 3000
+def test_cutmix_box():
+    """Guards: an area drawn anew with each shape that does not fit, so that large ones are rare."""
+    n, crop = 6000, 1000  # whole pixels change the area by 1 % at most
     boxes = np.array([data.cutmix_box(crop, data.rng(i, "box")) for i in range(n)])
     empty = (boxes == 0).all(1)
     assert near(empty.mean(), 0.5, n)
@@ -224,23 +205,9 @@ def test_cutmix_box(crop):
     assert min(top.min(), left.min()) == 0
     assert max(bottom.max(), right.max()) == crop
     # whole pixels: sides are rounded down, at most by one
-    assert (h * w <= 0.4 * crop**2).all()
-    assert ((h + 1) * (w + 1) > 0.02 * crop**2).all()
-    assert ((h + 1) / w > 0.3).all()
-    assert (h / (w + 1) < 1 / 0.3).all()
-    area, aspect = h * w / crop**2, h / w
-    assert area.min() < 0.03
-    assert area.max() > 0.38
-    assert aspect.min() < 0.4
-    assert aspect.max() > 2.5
-
-
-def test_areas_of_boxes_are_uniform():
-    """Guards: an area drawn anew with each shape that does not fit, so that large ones are rare."""
-    n, crop = 6000, 1000  # whole pixels change the area by 1 % at most
-    boxes = np.array([data.cutmix_box(crop, data.rng(i, "area")) for i in range(n)])
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / crop**2
-    area = np.sort(area[area > 0])
+    assert 0.3 < ((h + 1) / w).min() < 0.32
+    assert 3.1 < (h / (w + 1)).max() < 1 / 0.3
+    area = np.sort(h * w / crop**2)
     want = (area - 0.02) / 0.38  # distribution function of U(0.02, 0.4)
     steps = np.arange(1, len(area) + 1) / len(area)
     assert abs(want - steps).max() < 1.63 / len(area) ** 0.5 + 0.01  # Kolmogorov-Smirnov, 1 %
@@ -250,7 +217,6 @@ def test_areas_of_boxes_are_uniform():
 def test_rect_mask():
     rects = [(0, 0, 0, 0), (1, 2, 4, 7), (0, 0, 6, 9), (5, 0, 6, 1)]
     got = data.rect_mask(torch.tensor(rects), 6, 9)
-    assert got.dtype == torch.bool
     for one, (top, left, bottom, right) in zip(got, rects, strict=True):
         for row, col in itertools.product(range(6), range(9)):
             assert one[row, col] == (top <= row < bottom and left <= col < right)
@@ -268,6 +234,7 @@ def fake_source(name: str, train: int, fine: int = 0, val: int = 10) -> Source:
 
     source = Source(name, ["a", "b"], Path("/x"), items("t", train), items("v", val))
     source.fine = {i.id for i in source.train[::7][:fine]}
+    assert len(source.fine) == fine
     return source
 
 
@@ -281,18 +248,13 @@ CITY = {"name": "cityscapes", "train": 2975}
 COUNTS = [  # protocol, split, source, labelled, of them with fine masks (None: by chance)
     ("classic", "1/16", VOC, 92, 92),
     ("classic", "1/8", VOC, 183, 183),
-    ("classic", "1/2", VOC, 732, 732),
     ("classic", "full", VOC, 1464, 1464),
     ("classic", "92", VOC, 92, 92),
     ("blended", "1/16", VOC, 662, None),
     ("blended", "1/8", VOC, 1323, None),
-    ("blended", "1/2", VOC, 5291, None),
-    ("priority", "1/16", VOC, 662, 662),
     ("priority", "1/8", VOC, 1323, 1323),
     ("priority", "1/4", VOC, 2646, 1464),
-    ("priority", "1/2", VOC, 5291, 1464),
     ("classic", "1/16", CITY, 186, 0),
-    ("classic", "1/8", CITY, 372, 0),
     ("classic", "1/2", CITY, 1488, 0),
 ]
 
@@ -301,8 +263,6 @@ COUNTS = [  # protocol, split, source, labelled, of them with fine masks (None: 
 @pytest.mark.parametrize(("protocol", "split", "of", "labeled", "fine"), COUNTS)
 def test_published_counts(protocol, split, of, labeled, fine):
     source = fake_source(**of)
-    source.fine = {i.id for i in source.train[::7][: of.get("fine", 0)]}
-    assert len(source.fine) == of.get("fine", 0)
     made = data.make_split(source, split, 0, protocol)
     ids = {i.id for i in made.labeled}
     assert len(ids) == len(made.labeled) == labeled
@@ -328,18 +288,14 @@ def test_draws_are_nested_and_depend_on_the_seed_alone(protocol):
     for seed, split in itertools.product((0, 1), ("5", "1/16", "1/8", "1/4", "1/2")):
         made = data.make_split(source, split, seed, protocol)
         draws[seed, split] = {i.id for i in made.labeled}
-    for seed in (0, 1):
-        for less, more in itertools.pairwise(("5", "1/16", "1/8", "1/4", "1/2")):
-            assert draws[seed, less] < draws[seed, more]
+    for less, more in itertools.pairwise(("5", "1/16", "1/8", "1/4", "1/2")):
+        assert draws[0, less] < draws[0, more]
     assert draws[0, "1/4"] != draws[1, "1/4"]
     first = data.make_split(source, "1/4", 0, protocol)
     random.Random(5).shuffle(source.train)  # as another file system may list them
     torch.manual_seed(99)
     np.random.seed(99)  # noqa: NPY002 - the state that must not matter
-    again = data.make_split(source, "1/4", 0, protocol)
-    assert [i.id for i in first.labeled] == [i.id for i in again.labeled]
-    assert [i.id for i in first.unlabeled] == [i.id for i in again.unlabeled]
-    assert first.hash == again.hash
+    assert data.make_split(source, "1/4", 0, protocol) == first
     assert first.hash != data.make_split(source, "1/4", 1, protocol).hash
 
 
@@ -367,46 +323,41 @@ def voc_line(id: str) -> str:
     return f"JPEGImages/{id}.jpg SegmentationClass/{id}.png"
 
 
+def by_lists(source: Source, folder: Path, labeled: list[str], unlabeled: list[str]) -> data.Split:
+    return data.make_split(source, datasets.write_lists(folder, labeled, unlabeled), 0, "classic")
+
+
 def test_list_formats(tmp_path):
     source = data.load_source("pascal", make_pascal(tmp_path / "voc"))
     labeled, unlabeled = VOC_TRAIN[:3], VOC_TRAIN[3:]
-    both = [[voc_line(i) for i in ids] for ids in (labeled, unlabeled)]
-    pairs = write_lists(tmp_path / "a", *both)
-    bare = write_lists(tmp_path / "b", labeled, unlabeled)
-    one, two = (data.make_split(source, s, 0, "classic") for s in (pairs, bare))
-    assert [i.id for i in one.labeled] == labeled
-    assert [i.id for i in one.unlabeled] == unlabeled
-    assert one.labeled == two.labeled
-    assert [i.image for i in one.unlabeled] == [i.image for i in two.unlabeled]
-    assert one.hash == two.hash
+    bare = by_lists(source, tmp_path / "a", labeled, unlabeled)
+    pairs = by_lists(source, tmp_path / "b", *[[*map(voc_line, i)] for i in (labeled, unlabeled)])
+    assert [i.id for i in pairs.labeled] == labeled
+    assert [i.id for i in pairs.unlabeled] == unlabeled
+    assert pairs.labeled == bare.labeled
+    assert [i.image for i in pairs.unlabeled] == [i.image for i in bare.unlabeled]
+    assert pairs.hash == bare.hash
     # a pair names VOC's folder also for ids that have a mask of SBD's alone
-    sbd = write_lists(tmp_path / "c", [voc_line(VOC_TRAIN[6])], unlabeled[:1])
-    mask = data.make_split(source, sbd, 0, "classic").labeled[0].mask
-    assert mask == source.root / f"SegmentationClassAug/{VOC_TRAIN[6]}.png"
+    sbd = by_lists(source, tmp_path / "c", [voc_line(VOC_TRAIN[6])], unlabeled[:1])
+    assert sbd.labeled[0].mask == source.root / f"SegmentationClassAug/{VOC_TRAIN[6]}.png"
     # and one that names SegmentationClassAug gets that
     line = voc_line(VOC_TRAIN[0]).replace("Class/", "ClassAug/")
-    aug = write_lists(tmp_path / "d", [line], unlabeled[:1])
-    mask = data.make_split(source, aug, 0, "classic").labeled[0].mask
-    assert mask == source.root / f"SegmentationClassAug/{VOC_TRAIN[0]}.png"
+    aug = by_lists(source, tmp_path / "d", [line], unlabeled[:1])
+    assert aug.labeled[0].mask == source.root / f"SegmentationClassAug/{VOC_TRAIN[0]}.png"
 
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_cityscapes_list(tmp_path, raw):
     """Published lists name the labelTrainIds; a user who has only labelIds gets those."""
-    source = data.load_source("cityscapes", make_cityscapes(tmp_path / "city", raw))
+    source = data.load_source("cityscapes", datasets.make_cityscapes(tmp_path / "city", raw))
     stems = [f"aachen_{i:06d}_000019" for i in range(5)]
-    names = [
-        f"leftImg8bit/train/aachen/{s}_leftImg8bit.png "
-        f"gtFine/train/aachen/{s}_gtFine_labelTrainIds.png"
-        for s in stems
-    ]
-    made = data.make_split(source, write_lists(tmp_path / "l", names[:2], names[2:]), 0, "classic")
-    assert [i.id for i in made.labeled] == stems[:2]
+    image = "leftImg8bit/train/aachen/{0}_leftImg8bit.png"
+    names = [f"{image} gtFine/train/aachen/{{0}}_gtFine_labelTrainIds.png".format(s) for s in stems]
+    made = by_lists(source, tmp_path / "l", names[:2], names[2:])
     assert made.labeled == [i for i in source.train if i.id in stems[:2]]
     kind = "labelIds" if raw else "labelTrainIds"
-    assert all(i.mask.name.endswith(f"_{kind}.png") for i in made.labeled)
-    bare = data.make_split(source, write_lists(tmp_path / "b", stems[:2], stems[2:]), 0, "classic")
-    assert bare.hash == made.hash
+    assert [i.mask.name for i in made.labeled] == [f"{s}_gtFine_{kind}.png" for s in stems[:2]]
+    assert by_lists(source, tmp_path / "b", stems[:2], stems[2:]).hash == made.hash
 
 
 def test_train_and_val_may_use_the_same_names(tmp_path):
@@ -415,11 +366,9 @@ def test_train_and_val_may_use_the_same_names(tmp_path):
     for file in [*(root / "val").glob("*/v00.*")]:
         file.rename(file.with_name(file.name.replace("v00", "t00")))
     source = data.load_source("folder", root)
-    listed = write_lists(tmp_path / "l", ["train/images/t00.jpg"], ["train/images/t05.jpg"])
-    made = data.make_split(source, listed, 0, "classic")
-    assert made.labeled[0].mask == root / "train/masks/t00.png"
-    bare = data.make_split(source, write_lists(tmp_path / "b", ["t00"], ["t05"]), 0, "classic")
-    assert bare.labeled[0] == made.labeled[0]
+    for name in ("train/images/t00.jpg", "t00"):
+        made = by_lists(source, tmp_path / "l", [name], ["t05"])
+        assert made.labeled[0].mask == root / "train/masks/t00.png"
 
 
 LIST_ERRORS = [  # labelled lines, unlabelled lines, what the message must contain
@@ -430,11 +379,9 @@ LIST_ERRORS = [  # labelled lines, unlabelled lines, what the message must conta
     ([], VOC_TRAIN[:2], "labeled.txt"),  # empty
     (VOC_TRAIN[:2], [], "unlabeled.txt"),
     ([voc_line("2007_999999")], VOC_TRAIN[:2], "2007_999999"),
-    (VOC_TRAIN[:2], [voc_line("2007_999999")], "2007_999999"),
     ([VOC_TRAIN[0]] * 2, VOC_TRAIN[1:2], VOC_TRAIN[0]),  # twice
     (["/etc/passwd"], VOC_TRAIN[:2], "/etc/passwd"),
     ([f"JPEGImages/{VOC_TRAIN[0]}.jpg /etc/passwd"], VOC_TRAIN[1:2], "/etc/passwd"),
-    ([f"JPEGImages/../../{VOC_TRAIN[0]}.jpg"], VOC_TRAIN[1:2], "JPEGImages/../../"),
     (VOC_TRAIN[:2], [f"JPEGImages/{VOC_TRAIN[3]}.jpg ../x.png"], "../x.png"),
     (VOC_TRAIN[:2], ["JPEGImages/" + "a" * 300 + ".jpg"], "aaa"),  # no file system has such names
 ]
@@ -444,7 +391,7 @@ LIST_ERRORS = [  # labelled lines, unlabelled lines, what the message must conta
 def test_list_errors_name_the_id(tmp_path, labeled, unlabeled, said):
     source = data.load_source("pascal", make_pascal(tmp_path / "voc"))
     with pytest.raises(InputError) as e:
-        data.make_split(source, write_lists(tmp_path / "l", labeled, unlabeled), 0, "classic")
+        by_lists(source, tmp_path / "l", labeled, unlabeled)
     assert said in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -454,7 +401,7 @@ LOST = {"leftImg8bit/val": "val", "gtFine/val": "val", "leftImg8bit/train": "(un
 
 @pytest.mark.parametrize("where", LOST)
 def test_files_that_are_lost_are_found_before_training(where, tmp_path):
-    root = make_cityscapes(tmp_path / "city")
+    root = datasets.make_cityscapes(tmp_path / "city")
     source = data.load_source("cityscapes", root)
     lost = min(root.glob(f"{where}/*/*"))
     lost.unlink()
@@ -484,39 +431,22 @@ def test_voc_without_sbd(tmp_path):
             data.make_split(source, "2", 0, protocol)
 
 
-def test_lists_with_other_masks_are_other_write_lists(tmp_path):
+def test_lists_with_other_masks_are_other_lists(tmp_path):
     """Guards: a run that goes on with other labels of the same images, as the hash is the same."""
     root = make_folder(tmp_path / "f")
     save(root / "train/others/t00.png", np.ones((40, 48), np.uint8))
     source, hashes = data.load_source("folder", root), []
     for k, mask in enumerate(("train/masks/t00.png", "train/others/t00.png", "")):
-        place = write_lists(
-            tmp_path / f"l{k}", [f"train/images/t00.jpg {mask}".strip()], ["t06", "t07"]
-        )
-        hashes.append(data.make_split(source, place, 0, "classic").hash)
+        made = by_lists(source, tmp_path / f"l{k}", [f"train/images/t00.jpg {mask}"], ["t06"])
+        hashes.append(made.hash)
     assert hashes[0] == hashes[2] != hashes[1]
 
 
-def test_list_folder_without_write_lists(tmp_path):
-    source = data.load_source("folder", make_folder(tmp_path / "f"))
-    with pytest.raises(InputError, match="labeled.txt"):
-        data.make_split(source, str(tmp_path), 0, "classic")
-    (tmp_path / "labeled.txt").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(InputError, match="labeled.txt"):
-        data.make_split(source, str(tmp_path), 0, "classic")
-
-
 def test_masks_of_unlabelled_images_are_never_opened(tmp_path):
-    root = make_pascal(tmp_path / "voc")
-    source = data.load_source("pascal", root)
-    split = data.make_split(source, "3", 0, "priority")
-    for k, item in enumerate(split.unlabeled):
-        for mask in (root / "VOCdevkit/VOC2012").glob(f"SegmentationClass*/{item.id}.png"):
-            mask.unlink() if k % 2 else mask.write_bytes(b"broken")
-    split = data.make_split(source, "3", 0, "priority")
-    seen = set()
-    for batch in data.train_batches(split, batch_args(iters=4), 0, 1, 0, CPU):
-        seen |= set(batch["u_id"])
+    split = split_of(make_folder(tmp_path), "2")
+    (tmp_path / f"train/masks/{split.unlabeled[0].id}.png").write_bytes(b"broken")
+    batches = data.train_batches(split, batch_args(iters=4), 0, 1, 0, CPU)
+    seen = {id for batch in batches for id in batch["u_id"]}
     assert seen == {i.id for i in split.unlabeled}
 
 
@@ -525,18 +455,14 @@ def test_masks_of_unlabelled_images_are_never_opened(tmp_path):
 
 def test_pascal_layouts(tmp_path):
     root = make_pascal(tmp_path / "voc")
-    sources = [
-        data.load_source("pascal", place)
-        for place in (root, root / "VOCdevkit", root / "VOCdevkit/VOC2012")
-    ]
-    for source in sources:
+    for place in (root, root / "VOCdevkit", root / "VOCdevkit/VOC2012"):
+        source = data.load_source("pascal", place)
         assert [i.id for i in source.train] == VOC_TRAIN  # val's masks lie beside theirs
         assert [i.id for i in source.val] == VOC_VAL
         assert source.fine == set(VOC_TRAIN[:5])
-        assert len(source.classes) == 21
-    folders = [i.mask.parent.name for i in sources[0].train]
-    assert folders == ["SegmentationClass"] * 5 + ["SegmentationClassAug"] * 3
-    assert all(i.mask.parent.name == "SegmentationClass" for i in sources[0].val)
+    folders = [i.mask.parent.name for i in source.train + source.val]
+    own, aug = "SegmentationClass", "SegmentationClassAug"
+    assert folders == [own] * 5 + [aug] * 3 + [own] * 2
 
 
 def test_default_data_set(tmp_path):
@@ -566,18 +492,6 @@ def test_images_of_one_stem(tmp_path):
         data.load_source("folder", root)
 
 
-MISSING = {"pascal": "val.txt", "cityscapes": "leftImg8bit", "folder": "classes.txt"}
-
-
-@pytest.mark.parametrize("name", MISSING)
-def test_root_without_the_data(tmp_path, name):
-    with pytest.raises(InputError) as e:
-        data.load_source(name, tmp_path)
-    assert str(tmp_path) in str(e.value)
-    assert MISSING[name] in str(e.value)
-    assert "\n" not in str(e.value)
-
-
 @pytest.mark.parametrize("lost", ["train/images", "val/images", "val/masks"])
 def test_folder_without_a_part(tmp_path, lost):
     root = make_folder(tmp_path)
@@ -603,49 +517,31 @@ def test_palette_is_vocs():
 
 def test_palette_masks_keep_their_indices(tmp_path):
     label = blobs(0, 21)
-    save_palette(tmp_path / "p.png", label)
-    assert np.array_equal(read(tmp_path / "p.png"), label)
+    for ids in (label, label % 4):  # the latter is written with two bits a pixel
+        datasets.save_palette(tmp_path / "p.png", ids)
+        assert np.array_equal(read(tmp_path / "p.png"), ids)
     save(tmp_path / "l.png", label)
     assert np.array_equal(read(tmp_path / "l.png"), label)
-    small = label % 4  # written with two bits a pixel
-    save_palette(tmp_path / "small.png", small)
-    assert np.array_equal(read(tmp_path / "small.png"), small)
 
 
-def bad_mask(name: str, folder: Path) -> tuple[Path, str]:
-    label, path = blobs(0, 3), folder / "m.png"
-    if name == "RGB":
-        return save(path, np.stack([label] * 3, 2)), "RGB"
-    if name == "16 bit":
-        return save(path, label.astype(np.uint16)), "more than 8 bits"
-    if name == "4 bit":  # Pillow reads its 1 as 17: also a class, where there are 21
-        path.write_bytes(png(4, 4, 4, 0, b"\x01\x10"))
-        return path, "PNG ['L;4']"
-    if name == "size":
-        return save(path, label[:-1]), "(48, 39)"
-    if name == "turned":
-        return save(path, label.T), "(40, 48)"
-    if name == "value":
-        label[5, 5] = 3
-        return save(path, label), "value 3"
-    if name == "value 254":
-        label[5, 5] = 254
-        return save(path, label), "value 254"
-    if name == "binary":
-        return save(path, (label > 0).astype(np.uint8) * 200), "value 200"
-    if name == "truncated":
-        noisy = np.random.default_rng(0).integers(0, 3, (40, 48), dtype=np.uint8)
-        return truncate(save(path, noisy)), "no readable mask"
-    path.write_text("no picture")
-    return path, "no readable mask"
-
-
-BAD_MASKS = "RGB,16 bit,4 bit,size,turned,value,value 254,binary,truncated,text".split(",")
+LABEL = blobs(0, 3)
+BAD_MASKS = {  # values or the file, what the message says
+    "RGB": (np.stack([LABEL] * 3, 2), "RGB"),
+    "16 bit": (LABEL.astype(np.uint16), "more than 8 bits"),
+    # Pillow reads its 1 as 17: also a class, where there are 21
+    "4 bit": (datasets.png(4, 4, 4, 0, b"\x01\x10"), "PNG ['L;4']"),
+    "size": (LABEL[:-1], "(48, 39)"),
+    "turned": (LABEL.T, "(40, 48)"),
+    "value": (np.where(LABEL == 2, 3, LABEL).astype(np.uint8), "value 3"),
+    "value 254": (np.where(LABEL == 2, 254, LABEL).astype(np.uint8), "value 254"),
+    "text": (b"no picture", "no readable mask"),
+}
 
 
 @pytest.mark.parametrize("name", BAD_MASKS)
 def test_bad_masks(tmp_path, name):
-    path, said = bad_mask(name, tmp_path)
+    (content, said), path = BAD_MASKS[name], tmp_path / "m.png"
+    path.write_bytes(content) if isinstance(content, bytes) else save(path, content)
     with pytest.raises(InputError) as e:
         read(path, 3)
     assert said in str(e.value)
@@ -674,56 +570,28 @@ def same(a: dict, b: dict) -> bool:
     )
 
 
-def joined(parts: list[dict]) -> dict:
-    """The shares of all ranks as one global batch."""
-    whole = {}
-    for name, first in parts[0].items():
-        values = [p[name] for p in parts]
-        if name in ("order", "step"):
-            assert all(v == first for v in values)
-            whole[name] = first
-        elif torch.is_tensor(first):
-            whole[name] = torch.cat(values, 1 if name in ("strong", "box") else 0)
-        else:
-            whole[name] = [id for v in values for id in v]
-    return whole
-
-
-KEYS = set("x y x_rect x_id u u_rect u_id strong box order".split())
-
-
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_one_global_batch(folder, world):
-    split, args = split_of(folder), batch_args(batch_size=8, iters=5)
-    alone = data.TrainBatches(split, args)
-    ranks = [data.TrainBatches(split, args, rank, world) for rank in range(world)]
+    split, args, n = split_of(folder), batch_args(batch_size=8), 8 // world
     for step in range(5):
-        whole = alone[step]
-        assert whole.keys() == KEYS | {"step", "positions"}
+        whole = data.TrainBatches(split, args)[step]
         assert (whole["step"], whole["positions"]) == (step, list(range(8)))
         assert whole["x"].shape == whole["u"].shape == (8, 32, 32, 3)
-        assert whole["x"].dtype == whole["y"].dtype == torch.uint8
-        assert whole["strong"].shape == (2, 8, 6)
-        assert whole["box"].shape == (2, 8, 4)
-        shares = [rank[step] for rank in ranks]
-        assert all(len(s["x"]) == 8 // world for s in shares)
-        assert same(joined(shares), whole)
+        for rank in range(world):
+            want, rows = {"step": step, "order": whole["order"]}, slice(rank * n, (rank + 1) * n)
+            for name in whole.keys() - want.keys():
+                views = name in ("strong", "box")
+                want[name] = whole[name][:, rows] if views else whole[name][rows]
+            assert same(data.TrainBatches(split, args, rank, world)[step], want)
 
 
 def test_steps_and_seeds_differ(folder):
     split = split_of(folder)
-    batches = [
-        data.TrainBatches(split, batch_args(seed=seed))[step] for seed in (0, 1) for step in (0, 1)
-    ]
-    for a, b in itertools.combinations(batches, 2):
-        for name in KEYS - {"order"}:
-            differ = (
-                not torch.equal(a[name], b[name])
-                if torch.is_tensor(a[name])
-                else a[name] != b[name]
-            )
-            assert differ or name.endswith("_rect"), name
-    orders = {tuple(data.TrainBatches(split, batch_args())[s]["order"]) for s in range(12)}
+    streams = [data.TrainBatches(split, batch_args(seed=seed)) for seed in (0, 1)]
+    for a, b in itertools.combinations([stream[k] for stream in streams for k in (0, 1)], 2):
+        assert (a["x_id"], a["u_id"]) != (b["x_id"], b["u_id"])
+        assert not any(torch.equal(a[name], b[name]) for name in "x y u strong box".split())
+    orders = {tuple(streams[0][step]["order"]) for step in range(12)}
     assert len(orders) > 4
     assert all(sorted(o) == [0, 1, 2, 3] for o in orders)
 
@@ -738,35 +606,20 @@ def test_the_two_views_and_the_images_of_a_batch_differ(folder):
 
 
 @pytest.mark.usefixtures("deadline")
-@pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_nothing(folder, workers):
-    split = split_of(folder)
-    here = list(data.train_batches(split, batch_args(iters=6), 0, 1, 0, CPU))
-    there = list(data.train_batches(split, batch_args(iters=6, workers=workers), 0, 1, 0, CPU))
-    assert len(here) == len(there) == 6
-    assert all(same(a, b) for a, b in zip(here, there, strict=True))
-
-
-@pytest.mark.usefixtures("deadline")
-@pytest.mark.parametrize(("start", "workers"), [(0, 0), (1, 0), (5, 0), (11, 0), (5, 2)])
-def test_any_start_step(folder, start, workers):
+@pytest.mark.parametrize(("start", "workers"), [(1, 0), (11, 0), (0, 1), (5, 4)])
+def test_any_start_step_and_any_workers(folder, start, workers):
     """Without what came before: in a new object."""
-    batches = data.TrainBatches(split_of(folder), batch_args())
-    want = [batches[step] for step in range(start, 12)]
-    split, args = split_of(folder), batch_args(workers=workers)
-    got = list(data.train_batches(split, args, 0, 1, start, CPU))
-    assert len(got) == 12 - start
-    for a, b in zip(want, got, strict=True):
-        assert a["u_id"] == b["u_id"]
-        assert torch.equal(a["u"], (b["u"] * 255).round().byte().permute(0, 2, 3, 1))
-        assert all(torch.equal(a[k], b[k]) for k in ("strong", "box", "x_rect"))
+    here = list(data.train_batches(split_of(folder), batch_args(), 0, 1, 0, CPU))
+    args = batch_args(workers=workers)
+    there = list(data.train_batches(split_of(folder), args, 0, 1, start, CPU))
+    assert len(there) == 12 - start
+    assert all(same(a, b) for a, b in zip(here[start:], there, strict=True))
 
 
 def test_what_reaches_the_device(folder):
     split, args = split_of(folder), batch_args(scale=(0.5, 0.7))
     raw = data.TrainBatches(split, args)[3]
     batch = next(data.train_batches(split, args, 0, 1, 3, CPU))
-    assert (batch["step"], batch["positions"]) == (3, [0, 1, 2, 3])
     for name in ("x", "u"):
         assert batch[name].dtype == torch.float32
         assert torch.equal(batch[name], raw[name].permute(0, 3, 1, 2).float() / 255)
@@ -816,7 +669,7 @@ def picked(split: data.Split, steps: int) -> list[np.ndarray]:
     return [np.array(ids).astype(int) for ids in zip(*rows, strict=True)]
 
 
-@pytest.mark.parametrize("n", [1, 3, 4, 5, 7, 8, 9, 23])
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 9, 23])
 def test_a_batch_never_repeats_an_image(n):
     epoch = max(1, n // 4)
     for rows in picked(shapes_split(n), 20 * epoch):
@@ -836,23 +689,20 @@ def test_labelled_and_unlabelled_orders_are_independent():
     assert abs(np.corrcoef(a, b)[0, 1]) < 4 / len(a) ** 0.5
     epochs = a.reshape(30, 32)
     assert len({tuple(e) for e in epochs}) == 30  # each epoch in an order of its own
-    assert (
-        len(set(zip(a.tolist(), b.tolist(), strict=True))) > 500
-    )  # of 960: not always the same pairs
+    pairs = set(zip(a.tolist(), b.tolist(), strict=True))
+    assert len(pairs) > 500  # of 960: not always the same
 
 
 @pytest.mark.usefixtures("deadline")
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("broken", ["image", "mask", "unlabelled image"])
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("broken", ["images/t01.jpg", "masks/t01.png", "images/t06.jpg"])
 def test_a_broken_file_ends_the_epoch_with_its_name(tmp_path, broken, workers):
     root = make_folder(tmp_path)
-    if broken == "mask":
-        name = save(root / "train/masks/t01.png", np.full((40, 48), 9, np.uint8)).name
-    else:
-        name = truncate(root / f"train/images/{'t01' if broken == 'image' else 't06'}.jpg").name
+    name = datasets.truncate(root / f"train/{broken}").name
     args = batch_args(batch_size=2, iters=20, workers=workers)
     with pytest.raises(InputError, match=name):
         list(data.train_batches(split_of(root), args, 0, 1, 0, CPU))
+    data._end_workers()  # as at the program's end; a later collection would wait for them
 
 
 # --------------------------------------------------------------------------- evaluation batches
@@ -871,7 +721,7 @@ def mixed_sizes(tmp_path_factory) -> data.Source:
 
 
 @pytest.mark.usefixtures("deadline")
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (3, 0), (3, 1), (20, 0)])
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 1), (20, 0)])
 def test_every_val_image_once_whatever_the_ranks(mixed_sizes, world, workers):
     dataset = data.ValBatches(mixed_sizes.val, 3, 16)
     alone = {tuple(b["id"]): b for b in data.val_batches(dataset, 0, 1, 0, CPU)}
@@ -890,43 +740,26 @@ def test_every_val_image_once_where_a_size_leaves_a_part_of_a_batch(mixed_sizes,
     assert max(map(len, batches)) == most
 
 
-def test_val_batches_hold_the_images(mixed_sizes):
-    dataset, seen = data.ValBatches(mixed_sizes.val, 3, 16), 0
-    for batch in data.val_batches(dataset, 0, 1, 0, CPU):
-        height, width = batch["image"].shape[-2:]
-        assert height % 16 == width % 16 == 0
-        fields = (batch[k] for k in ("id", "size", "image", "label"))
-        for id, (h, w), image, label in zip(*fields, strict=True):
-            key = int(id[1:])
-            want = blobs(key, 3, (w, h))
-            assert want.shape == (h, w)
-            assert height - h < 16
-            assert width - w < 16
-            assert torch.equal(label[:h, :w], torch.from_numpy(want).long())
-            assert (label[h:] == 255).all()
-            assert (label[:, w:] == 255).all()
-            pixels = torch.from_numpy(noise(key, (w, h)).copy()).permute(2, 0, 1)[None] / 255
-            assert torch.allclose(image[:, :h, :w], data.normalize(pixels)[0], atol=1e-5)
-            for padding in (image[:, h:], image[:, :, w:]):
-                assert padding.abs().sum() == 0 or padding.abs().max() < 0.02
-            seen += 1
-    assert seen == 9
-
-
-@pytest.mark.parametrize(("grid", "crop"), [(16, 321), (16, 65), (16, 0), (14, 518), (16, 64)])
-def test_val_sizes_are_congruent_to_the_crop(mixed_sizes, grid, crop):
-    """The smallest size that is not below the image's own."""
+@pytest.mark.parametrize(("grid", "crop"), [(16, 321), (16, 0), (14, 518)])
+def test_val_batches_hold_the_images(mixed_sizes, grid, crop):
+    """Padded to the smallest size that is congruent to the crop and not below the image's own."""
     dataset, seen = data.ValBatches(mixed_sizes.val, 3, grid, crop), 0
     for batch in data.val_batches(dataset, 0, 1, 0, CPU):
-        sizes = np.array(batch["size"])  # [b, 2]
-        for padded, sides in zip(batch["image"].shape[2:], sizes.T, strict=True):
-            assert (padded - crop) % grid == 0
-            assert all(0 <= padded - side < grid for side in sides)
+        height, width = batch["image"].shape[-2:]
+        assert (height - crop) % grid == (width - crop) % grid == 0
+        fields = (batch[k] for k in ("id", "size", "image", "label"))
+        for id, (h, w), image, label in zip(*fields, strict=True):
+            assert 0 <= height - h < grid
+            assert 0 <= width - w < grid
+            want = np.full((height, width), 255)
+            want[:h, :w] = blobs(int(id[1:]), 3, (w, h))
+            assert np.array_equal(label, want)
+            pixels = torch.from_numpy(noise(int(id[1:]), (w, h)).copy()).permute(2, 0, 1) / 255
+            assert torch.allclose(image[:, :h, :w], data.normalize(pixels[None])[0], atol=1e-5)
+            image[:, :h, :w] = 0
+            assert image.abs().max() < 0.02  # padding is the mean colour
             seen += 1
-        for label, (h, w) in zip(batch["label"], batch["size"], strict=True):
-            assert (label[h:] == 255).all()
-            assert (label[:, w:] == 255).all()
-    assert seen > 2
+    assert seen == 9
 
 
 def test_crops_of_presets_put_cells_on_whole_pixels():
@@ -962,69 +795,33 @@ def test_shapes_are_drawn_from_their_index_alone():
 def test_shapes_data_set(tmp_path):
     source = data.load_source("shapes", tmp_path)
     assert (len(source.train), len(source.val), len(source.classes)) == (512, 128, 6)
-    items = [*source.train, *source.val]
-    assert len({i.id for i in items}) == len({i.image for i in items}) == 640
     pictures = set()
     for item in (*source.train[::16], *source.val[::16]):
         image = data.read_image(item)
         label = np.asarray(data.read_mask(item, image.size, 6))
-        assert image.size == (96, 96)
-        assert image.mode == "RGB"
+        assert (image.size, image.mode, label.shape) == ((96, 96), "RGB", (96, 96))
         assert label.max() < 6
         pictures.add(image.tobytes())
     assert len(pictures) == 40
 
 
-def shapes_statistics() -> np.ndarray:
-    """Mean colour of each class in each train image, [512, 6, 3]; NaN where under 20 pixels."""
-    means = np.full((512, 6, 3), np.nan)
-    for i in range(512):
-        image, label = data.draw_shapes(i)
-        for c in range(6):
-            if (label == c).sum() >= 20:
-                means[i, c] = image[label == c].mean(0)
-    return means
-
-
 def test_shapes_have_all_classes_and_colour_tells_none():
-    """Mean colours of the classes agree within 4 standard errors, about 10 of 255 levels."""
-    means = shapes_statistics()
-    n = (~np.isnan(means[:, 1:, 0])).sum(0)
-    assert n.min() > 150  # of 512 images
-    assert n.max() < 1.3 * n.min()
-    assert (np.isnan(means[:, 1:, 0]).all(1)).mean() < 0.05  # hardly an image without an object
-    mean, error = np.nanmean(means[:, 1:], 0), np.nanstd(means[:, 1:], 0) / n[:, None] ** 0.5
-    assert error.max() < 3.5
-    away = abs(mean - np.median(mean, 0)) / error
-    assert away.max() < 4, mean.round().tolist()
+    """Mean colours of the classes agree within 4 standard errors, about 14 of 255 levels."""
+    means = np.full((256, 5, 3), np.nan)  # of each class in each image, where it has 20 pixels
+    for i, c in itertools.product(range(256), range(5)):
+        image, label = data.draw_shapes(i)
+        if (label == c + 1).sum() >= 20:
+            means[i, c] = image[label == c + 1].mean(0)
+    n = (~np.isnan(means[..., 0])).sum(0)
+    assert n.min() > 75
+    assert n.max() < 1.4 * n.min()
+    assert np.isnan(means[..., 0]).all(1).mean() < 0.05  # hardly an image without an object
+    mean, error = np.nanmean(means, 0), np.nanstd(means, 0) / n[:, None] ** 0.5
+    assert error.max() < 5
+    assert (abs(mean - np.median(mean, 0)) / error).max() < 4, mean.round().tolist()
 
 
 # --------------------------------------------------------------------------- command line
-
-
-def command(monkeypatch, *argv: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
-    data.main()
-
-
-def test_check_lists_all_faults(tmp_path, monkeypatch, capsys):
-    root = make_folder(tmp_path / "f")
-    command(monkeypatch, "--dataset", "folder", "--root", root)
-    line = data.make_split(data.load_source("folder", root), "1/16", 0, "classic").line
-    assert capsys.readouterr().out.splitlines() == ["folder: 0 faults", line]  # a run's first line
-    truncate(root / "train/images/t01.jpg")
-    truncate(root / "train/images/t06.jpg")  # an unlabelled one
-    save(root / "train/masks/t02.png", np.full((40, 48), 3, np.uint8))
-    save(root / "val/masks/v01.png", blobs(0, 3)[1:])
-    (root / "train/masks/t03.png").rename(root / "train/masks/t03_mask.png")  # no image's
-    with pytest.raises(SystemExit) as e:
-        command(monkeypatch, "--dataset", "folder", "--root", root)
-    assert e.value.code == 1
-    lines = capsys.readouterr().out.strip().splitlines()
-    for name in ("t01.jpg", "t06.jpg", "t02.png", "v01.png", "t03_mask.png"):
-        assert sum(name in line for line in lines) == 1
-    assert len(lines) == 6
-    assert "5 faults" in lines[-1]
 
 
 def test_download_merges_the_masks(tmp_path, monkeypatch):
@@ -1041,16 +838,14 @@ def test_download_merges_the_masks(tmp_path, monkeypatch):
             (Path(root) / f"cls/{id}.mat").touch()
 
     def loadmat(path):
-        cell = np.empty((1, 1), [("Segmentation", object)])
-        cell["Segmentation"][0, 0] = blobs(int(Path(path).stem[-6:]) + 50, 21)
-        return {"GTcls": cell}
+        cell = np.empty((1, 1), object)
+        cell[0, 0] = blobs(int(Path(path).stem[-6:]) + 50, 21)
+        return {"GTcls": {"Segmentation": cell}}
 
     monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", fake_voc)
     monkeypatch.setattr(torchvision.datasets, "SBDataset", fake_sbd)
-    io = types.ModuleType("scipy.io")
-    io.loadmat = loadmat
-    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
-    monkeypatch.setitem(sys.modules, "scipy.io", io)
+    monkeypatch.setitem(sys.modules, "scipy", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "scipy.io", types.SimpleNamespace(loadmat=loadmat))
     data.download(tmp_path)
     source = data.load_source("pascal", tmp_path)
     assert [i.id for i in source.train] == sorted([*VOC_TRAIN[:7], extra])
@@ -1063,7 +858,7 @@ def test_download_merges_the_masks(tmp_path, monkeypatch):
 
 
 def test_camvid():
-    source = data.load_source("folder", shared("data/camvid"))
+    source = data.load_source("folder", datasets.shared("data/camvid"))
     assert (len(source.train), len(source.val), len(source.classes)) == (367, 101, 11)
     split = data.make_split(source, "1/8", 0, "classic")
     assert (len(split.labeled), len(split.unlabeled)) == (46, 321)
@@ -1071,16 +866,9 @@ def test_camvid():
     assert batch["x"].shape == (4, 3, 160, 160)
     assert len(batch["y"].unique()) > 4
     assert set(batch["y"].unique().tolist()) <= {*range(11), 255}
-    val = next(data.val_batches(data.ValBatches(source.val[:2], 11, 16), 0, 1, 0, CPU))
-    assert [tuple(size) for size in val["size"]] == [(360, 480)] * 2
-    assert len(val["label"].unique()) > 4
 
 
-def test_voc_sample(capsys):
-    root = shared("data/voc_sample")
-    source = data.load_source("pascal", root)
+def test_voc_sample():
+    source = data.load_source("pascal", datasets.shared("data/voc_sample"))
     assert (len(source.train), len(source.val), len(source.fine)) == (64, 20, 40)
-    assert data.find_dataset(None, root) == "pascal"
     assert data.check(source)[0] == []
-    for protocol, n in (("classic", 10), ("blended", 16), ("priority", 16)):
-        assert len(data.make_split(source, "1/4", 0, protocol).labeled) == n

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from common import BACKBONES, build_network, load_weights
+from common import build_network, load_weights
 from data import InputError
 
 
@@ -75,11 +75,12 @@ def assert_close(ours: Tensor, mine: Tensor) -> None:
 def test_deeplab_is_the_published_design(stride: int):
     torch.manual_seed(0)
     ours, plain = shuffled(build_network("resnet50", 21, stride)), Published(21, stride)
+    groups = [*ours.backbone.parameters(), *ours.head_parameters()]
+    assert sorted(map(id, groups)) == sorted(map(id, ours.parameters()))
     theirs = ours.state_dict()
     assert [v.shape for v in theirs.values()] == [v.shape for v in plain.state_dict().values()]
     plain.load_state_dict(dict(zip(plain.state_dict(), theirs.values(), strict=True)))
-    count = sum(p.numel() for p in plain.parameters())
-    assert sum(p.numel() for p in ours.parameters()) == count
+    count = sum(p.numel() for p in ours.parameters())
     assert count == pytest.approx(40.35e6, rel=1e-3)
 
     x = torch.randn(2, 3, 64, 96)
@@ -90,7 +91,6 @@ def test_deeplab_is_the_published_design(stride: int):
             z, f, deep = ours(x, features=True)
             low, mine = plain.backbone(x)
             assert_close(deep, mine)
-            assert deep.shape[-2:] == (64 // stride, 96 // stride)
             assert_close(f, plain.decode(low, mine))
             assert_close(z, plain(x))
             assert_close(ours(x), z)
@@ -128,20 +128,9 @@ def test_dilation_keeps_what_the_backbone_computes(name: str, stride: int):
         mine = theirs[:first](x)
         torch.testing.assert_close(low, mine, rtol=1e-9, atol=1e-12)
         mine = theirs[first:](mine)
-    assert low.shape[-2:] == (16, 24)
-    assert deep.shape[-2:] == (64 // stride, 96 // stride)
     assert (low.shape[1], deep.shape[1]) == ours.channels
     step = 32 // stride
     torch.testing.assert_close(deep[:, :, ::step, ::step], mine, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", [b for b in BACKBONES if b != "resnet101" and "vitb" not in b])
-def test_every_trained_parameter_is_the_backbones_or_the_heads(name: str):
-    net = build_network(name, 3)
-    groups = [*net.backbone.parameters(), *net.head_parameters()]
-    assert len({id(p) for p in groups}) == len(groups)
-    assert {id(p) for p in net.parameters()} == {id(p) for p in groups}
-    assert any(p is net.classifier.weight for p in net.head_parameters())
 
 
 # --------------------------------------------------------------------------------- DINOv2, DPT
@@ -186,6 +175,8 @@ def test_dinov2_with_dpt_has_the_published_parameters(name: str, width: int, cou
     state = net.backbone.state_dict()
     assert {k: tuple(v.shape) for k, v in state.items()} == published_shapes(width)
     assert sum(p.numel() for p in net.parameters()) == count
+    groups = [*net.backbone.parameters(), *net.head_parameters()]
+    assert sorted(map(id, groups)) == sorted(id(p) for p in net.parameters() if p.requires_grad)
     norms = [m for m in net.modules() if isinstance(m, nn.LayerNorm)]
     assert {m.eps for m in norms} == {1e-6}, "a difference that no output shows"
 
@@ -291,19 +282,10 @@ def test_dpt_decoder(vits: nn.Module):
     with torch.no_grad():
         found, mine = vits.decoder(maps), dpt(vits.decoder, maps)
         torch.testing.assert_close(found, mine, rtol=1e-4, atol=1e-5)
-        assert found.shape == (2, 64, 32, 48)
         x = torch.randn(1, 3, 56, 84)
         z = vits.classifier(dpt(vits.decoder, vits.backbone(x)))
         z = F.interpolate(z, (56, 84), mode="bilinear", align_corners=True)
         torch.testing.assert_close(vits(x), z, rtol=1e-4, atol=1e-5)
-
-
-def test_the_output_stride_is_a_cnns(vits: nn.Module):
-    """Guards: ASPP rates of a stride that the patches do not have."""
-    for backbone, rates in (("dinov2_vits14", [1, 6, 12, 18, 1]), ("resnet18", [1, 12, 24, 36, 1])):
-        aspp = build_network(backbone, 3, 8).decoder.aspp
-        found = [m.dilation[0] for m in aspp.modules() if isinstance(m, nn.Conv2d)]
-        assert found[:5] == rates
 
 
 # ------------------------------------------------------------------------------------ weights
@@ -342,12 +324,9 @@ FOREIGN = {  # network: how a file may hold its state dict
     "resnet18: as it is": lambda s: s,
     "resnet18: DDP": lambda s: {"state_dict": prefixed("module.", s), "epoch": 3},
     "resnet18: a segmenter": lambda s: {"net": prefixed("module.backbone.", s)},
-    "resnet18: MoCo": lambda s: {"state_dict": prefixed("module.encoder_q.", s)},
     "resnet18: an encoder": lambda s: {"model_state": prefixed("encoder.", s), "optimizer": {}},
-    "resnet18: a teacher": lambda s: {"teacher": prefixed("backbone.", s), "step": 1},
     "resnet18: nested": lambda s: {"checkpoint": {"model": {"state_dict": s}}},
     "resnet18: beside numpy and argparse": beside,
-    "mobilenet_v2: features": lambda s: s,
     "mobilenet_v2: a prefix more": lambda s: prefixed("module.", s),
     "dinov2_vits14: as published": lambda s: s,
     "dinov2_vits14: a teacher": lambda s: {"teacher": prefixed("backbone.", s)},
@@ -384,24 +363,12 @@ def test_our_own_best_network_is_loaded_whole_where_the_classes_agree(save):
                 assert torch.equal(value, trained.state_dict()[name]) == whole, name
 
 
-def deep_stem() -> dict[str, Tensor]:
-    """Three 3x3 convolutions instead of the 7x7 one, as in mmseg's ResNetV1c."""
-    state = {
-        k: v for k, v in torchvisions("resnet50").items() if k[:5] != "conv1" and k[:3] != "bn1"
-    }
-    for k, (a, b) in enumerate(((3, 32), (32, 32), (32, 64))):
-        state[f"stem.{3 * k}.weight"] = torch.randn(b, a, 3, 3)
-    return state
-
-
 REFUSED = {  # backbone, file, what the line says
-    "deep stem": ("resnet50", deep_stem, "5 missing.*conv1.weight"),
-    "deep stem under the old name": (
+    "deep stem": (  # three 3x3 convolutions instead of the 7x7 one
         "resnet18",
         lambda: torchvisions("resnet18") | {"conv1.weight": torch.randn(64, 64, 3, 3)},
         "1 missing.*conv1.weight differs",
     ),
-    "a smaller network": ("resnet34", lambda: torchvisions("resnet18"), r"layer1\.2"),
     # ResNet-34 holds every key of ResNet-18, and has the same shapes there
     "a larger network": ("resnet18", lambda: torchvisions("resnet34"), r"0 missing.*layer1\.2"),
     "another kind": ("mobilenet_v2", lambda: torchvisions("resnet18"), "0 keys matched"),
@@ -426,7 +393,6 @@ def test_another_architectures_file_is_refused(case: str, save):
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(InputError, match=said) as e:
         load_weights(net, name, save(state()))
-    assert "\n" not in str(e.value)
     assert f"another architecture; give a file of {name}" in str(e.value)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
@@ -440,11 +406,8 @@ def test_what_cannot_be_read_safely_is_named(value: object, save):
     assert str(e.value) == f"{file}: no loadable checkpoint (holds a {kind}); give a state_dict"
 
 
-def test_imagenet_weights_and_none(monkeypatch):
+def test_imagenet_weights(monkeypatch):
     state, net = torchvisions("resnet18"), build_network("resnet18", 4)
-    before = copy.deepcopy(net.state_dict())
-    assert "random" in load_weights(net, "resnet18", "none")
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     published = {models.ResNet18_Weights.IMAGENET1K_V1.url: state}
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda u, **_: published[u])
     assert "120 keys matched, 0 missing, 2 unexpected" in load_weights(net, "resnet18", "imagenet")
