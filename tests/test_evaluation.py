@@ -82,10 +82,7 @@ def windows_by_loops(net: nn.Module, x: Tensor, crop: int) -> np.ndarray:
     return (total / count)[:, :, :h, :w]
 
 
-WAYS = pytest.mark.parametrize(("mode", "crop"), [("whole", 32), ("whole", 33), ("slide", 33)])
-
-
-@WAYS
+@pytest.mark.parametrize(("mode", "crop"), [("whole", 32), ("whole", 33), ("slide", 33)])
 @torch.no_grad()
 def test_evaluate(mode, crop, source, net):
     """Guards: images left out or counted twice, padding counted, rows and columns swapped,

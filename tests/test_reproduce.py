@@ -10,13 +10,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import procs
 import pytest
 from datasets import save
 from PIL import Image
 
 import data
-import speed
 
 REPO = Path(__file__).resolve().parents[1]
 TOOLS = REPO / "docs/reproduce"
@@ -82,20 +80,6 @@ class Place:
     def run(self, *flags: object) -> subprocess.CompletedProcess:
         return call(*self.words, *flags)
 
-    def begin(self) -> subprocess.Popen:
-        """Runs the plan in the background; returns when a run has done a step."""
-        words = [sys.executable, *map(str, self.words)]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-        wait_for(lambda: list(self.out.glob("*/log.jsonl")))
-        return process
-
-
-def wait_for(condition) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
 
 def started(text: str) -> list[str]:
     """The names of the runs that were started, in their order."""
@@ -155,7 +139,12 @@ def test_a_run_waits_for_the_file_of_another(tmp_path):
 def test_interrupted_it_goes_on(tmp_path, number):
     """Guards: a signal that is not passed on, a run that begins anew, minutes that are lost."""
     place = Place(tmp_path, "a-s0: python $FAKE --nap 0.1 --iters 15", "b-s0: python $FAKE")
-    process = place.begin()
+    words = [sys.executable, *map(str, place.words)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 20
+    while not list(place.out.glob("*/log.jsonl")):  # a step is done
+        assert time.monotonic() < end
+        time.sleep(0.02)
     process.send_signal(number)
     text = process.communicate(timeout=20)[0]
     assert process.returncode == 128 + number
@@ -167,39 +156,10 @@ def test_interrupted_it_goes_on(tmp_path, number):
     assert table.load(place.results)["a-s0"]["minutes"] > 0.015  # the naps of both parts
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a signal of Linux's")
-def test_killed_it_leaves_no_run_behind(tmp_path):
-    """Guards: runs that go on alone while a second run_table.py starts them once more."""
-    place = Place(tmp_path, "a-s0: python $FAKE --nap 0.1 --iters 300")
-    process = place.begin()
-    assert "another run_table.py runs this plan" in place.run().stderr
-    process.kill()
-    process.communicate()
-    wait_for((place.out / "a-s0/latest.pt").exists)
-
-
-def test_minutes(tmp_path):
-    """Guards: a run begun that cannot end, an unknown one left out, runs that outlive the time."""
-    long = "--nap 0.1 --iters 600"
-    lines = ["a-s0: python $FAKE --iters 1", f"a-s1: python $FAKE {long}"]
-    place = Place(tmp_path, *lines, f"new-s0: python $FAKE --labeled-only {long}")
-    place.run("--only", "a-s0")
-    table.save(table.load(place.results)["a-s0"] | {"minutes": 0.01}, place.results)  # 0.6 s a step
-    p = place.run("--minutes", 0.03)
-    assert started(p.stdout) == ["new-s0"]
-    assert "left: a-s1 0/600: takes about 6.0 minutes" in p.stdout
-    assert re.search(r"left: new-s0 [1-9]\d*/600: goes on with the same command", p.stdout)
-
-
-FAULTY = {"a-s0: python $NONE": r"\$NONE is not defined above"}
-FAULTY["for s in 0 1"] = "neither `name: command` nor `NAME = text`"
-
-
-@pytest.mark.parametrize("line", FAULTY)
-def test_a_faulty_plan_is_one_line(tmp_path, line):
-    p = Place(tmp_path, line).run()
+def test_a_faulty_plan_is_one_line(tmp_path):
+    p = Place(tmp_path, "a-s0: python $NONE").run()
     assert p.returncode == 1
-    assert re.fullmatch(rf"error: .*plan.txt:2: {FAULTY[line]}.*\n", p.stderr)
+    assert re.fullmatch(r"error: .*plan.txt:2: \$NONE is not defined above.*\n", p.stderr)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.stem)
@@ -249,33 +209,14 @@ def test_table_of_folders_and_of_kept_results(tmp_path):
     assert "a-s1: no finished run, left out" in p.stderr
     p = call(TOOLS / "table.py", *(REPO / "docs/results").glob("*.jsonl"), "--classes")
     assert "| `labeled" in p.stdout, p.stderr
-    (tmp_path / "bad.jsonl").write_text("{}\n")
-    said = call(TOOLS / "table.py", tmp_path / "bad.jsonl").stderr
-    assert said.endswith("bad.jsonl:1: no record of a run; remove this line\n")
 
 
-def main_of(module, monkeypatch, *words: object) -> int | str | None:
-    """Runs a tool's main; returns what it exits with."""
+def main_of(module, monkeypatch, *words: object) -> None:
     monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
-    try:
-        return module.main()
-    except SystemExit as e:
-        return e.code
+    module.main()
 
 
-@pytest.mark.usefixtures("small")
-def test_grid(tmp_path, root, monkeypatch):
-    """Guards: a column that is another's, a truth that is not the masks."""
-    speed.main(procs.flags("speed", root, tmp_path / "a-s0"))
-    main_of(table, monkeypatch, tmp_path / "a-s0", "--grid", tmp_path / "grid.png")
-    columns = np.array_split(np.asarray(Image.open(tmp_path / "grid.png").convert("RGB")), 3, 1)
-    void = [(column == 224).all(2).mean() for column in columns]  # a border of the masks alone
-    road = [(column == (128, 0, 0)).all(2).mean() for column in columns]
-    assert void[1] > 0.01 > max(void[0], void[2])
-    assert road[1] > 0.01 > road[0]
-
-
-def test_voc_animals(tmp_path, monkeypatch, capsys):
+def test_voc_animals(tmp_path, monkeypatch):
     """Guards: other classes kept, void lost, SBD's mask before VOC's."""
     voc, r, out = tmp_path / "VOC2012", np.random.default_rng(0), tmp_path / "out"
     ours = {0: 0, 8: 1, 10: 2, 12: 3, 13: 4, 17: 5, 15: 0, 255: 255}  # 15: person, anything else
@@ -288,15 +229,12 @@ def test_voc_animals(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(voc_animals, "HERE", tmp_path)
     (tmp_path / "voc_animals_train.txt").write_text("2007_1\n2007_2")
     (tmp_path / "voc_animals_val.txt").write_text("2007_3")
-    assert main_of(voc_animals, monkeypatch, voc, out, 2) is None
+    main_of(voc_animals, monkeypatch, voc, out, 2)
     made = data.load_source("folder", out)
     assert list(made.classes) == ["background", "cat", "cow", "dog", "horse", "sheep"]
     for item, mask in zip(made.train + made.val, masks.values(), strict=True):
         assert np.array_equal(Image.open(item.mask), np.vectorize(ours.get)(mask))
         assert Image.open(item.image).size == (15, 20)
-    save(voc / "SegmentationClassAug/2007_3.png", mask)  # of another size than its image
-    assert "1 photographs are missing" in main_of(voc_animals, monkeypatch, voc, tmp_path / "b")
-    assert "2007_3" in capsys.readouterr().err
 
 
 def test_camvid(tmp_path, monkeypatch, capsys):
@@ -306,7 +244,7 @@ def test_camvid(tmp_path, monkeypatch, capsys):
         masks[name] = r.integers(0, 12, (20, 24), np.uint8)
         save(source / name[:-5] / name, np.full((40, 48, 3), 90, np.uint8))
         save(source / f"{name[:-5]}annot" / name, masks[name].repeat(2, 0).repeat(2, 1))
-    assert main_of(camvid, monkeypatch, source, tmp_path / "half", 2) is None
+    main_of(camvid, monkeypatch, source, tmp_path / "half", 2)
     half = data.load_source("folder", tmp_path / "half")
     assert (len(half.train), len(half.val), len(half.classes)) == (2, 1, 11)
     for item in half.train + half.val:
@@ -314,5 +252,6 @@ def test_camvid(tmp_path, monkeypatch, capsys):
         assert np.array_equal(Image.open(item.mask), np.where(mask == 11, 255, mask))
         assert Image.open(item.image).size == (24, 20)
     (source / "trainannot/train0.png").unlink()
-    assert "1 frames are missing" in main_of(camvid, monkeypatch, source, tmp_path / "c")
+    with pytest.raises(SystemExit, match="1 frames are missing"):
+        main_of(camvid, monkeypatch, source, tmp_path / "c")
     assert "train0.png: frame or mask cannot be used" in capsys.readouterr().err
