@@ -184,7 +184,8 @@ def test_adamw_decays_decoupled_from_the_gradient(tmp_path, monkeypatch):
 
 
 RUNS = {
-    "speed": "--threshold 0 --ramp 0 --pick random --grid 3",  # coins: rounding picks no view
+    # coins, so that rounding picks no view; the ramp is 0, 1 / 1.2 and 1
+    "speed": "--threshold 0 --iters 3 --ramp 0.4 --pick random --grid 3",
     "mkd": "--threshold 0 --threshold-ss 0 --ramp 0",
     "segkc": "--threshold 0 --ramp 0",
 }
@@ -192,7 +193,7 @@ REFERENCE = ROOT / "tests/reference.json"
 
 
 def first_lines(run: str, out: Path) -> dict[str, list[float]]:
-    """The terms of both train lines. A low rate: AdamW's first steps magnify rounding, which
+    """The terms of all train lines. A low rate: AdamW's first steps magnify rounding, which
     differs between processors."""
     flags = (
         "--dataset shapes --crop-size 49 --iters 2 --log-every 1 --workers 0 --amp off --lr 1e-5"

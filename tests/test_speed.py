@@ -170,7 +170,7 @@ VARIANTS = {
     "defaults": "",
     "all flags": "--pick min --grid 3 --temperature 2 --lambda-u 0.5 --alpha 2 --beta 3 "
     "--feature-temperature 0.5",
-    "random, no CutMix": "--pick random --no-host-cutmix --ramp 0.3",
+    "random, no CutMix": "--pick random --no-host-cutmix --ramp 1",
     "no EntropyMix, bf16": "--no-entropy-mix --amp bf16",
 }
 
@@ -244,7 +244,7 @@ def two_steps(
         t["L_logit"] = h.kl_sum(z_t, z_m, valid_m, args.temperature) / count
         t["L_feat"] = relation_oracle(f_t, f_m, valid_m, args.feature_temperature)
         # --ramp: the unlabelled terms grow from 0 over that share of the run
-        ramp = min(1, step / (args.ramp * args.iters)) if args.ramp else 1
+        ramp = step / (args.ramp * args.iters) if args.ramp else 1
         of_u = args.lambda_u * t["L_u"] + args.alpha * t["L_feat"] + args.beta * t["L_logit"]
         t["loss"] = (t["L_x"] + ramp * of_u) / 2
         t["loss"].backward()
