@@ -144,6 +144,7 @@ def _child(script: str, argv: list[str], log: Path, first: Callable | None) -> N
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     sys.argv = [f"{script}.py", *argv]
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as in a shell's run
     common.build_network = tiny_network
     if first is not None:
         first()
@@ -163,6 +164,7 @@ def on_ranks(world: int, fn: Callable, *args: object) -> list:
 
 def _rank(rank: int, world: int, folder: str, fn: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=world)
     torch.save(fn(*args), f"{folder}/{rank}.pt")
