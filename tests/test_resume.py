@@ -205,15 +205,24 @@ def test_signal_saves_the_step_under_way_and_stops(script, number, root, tmp_pat
 
 def hang(where: str) -> None:
     """For a process: that function says that it is called, and does not return."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` would ignore it
     mock.patch(where, side_effect=lambda *_: print("there", flush=True) or time.sleep(60)).start()
 
 
+AT_ONCE = "signal 2: ended at once; the last checkpoint stays"
+
+
 @pytest.mark.parametrize(
-    ("where", "signals"), [("common.evaluate", 1), ("torch.amp.GradScaler.update", 2)]
+    ("where", "signals", "last"),
+    [
+        ("common.load_weights", 1, "error: interrupted before the first step"),
+        ("torch.amp.GradScaler.update", 2, AT_ONCE),
+        ("common.evaluate", 1, AT_ONCE),
+    ],
 )
-def test_process_ends_at_once(where, signals, root, tmp_path):
-    """Guards: a job that is killed for not ending in time. In an evaluation one signal is enough,
-    in a step that hangs two."""
+def test_process_ends_at_once(where, signals, last, root, tmp_path):
+    """Guards: a job that is killed for not ending in time, a traceback, status 0. In a step that
+    hangs the second signal ends it, else the first."""
     out, text = tmp_path / "out", tmp_path / "text"
     first = functools.partial(hang, where)
     p = procs.start("speed", procs.flags("speed", root, out), text, first=first)
@@ -226,8 +235,9 @@ def test_process_ends_at_once(where, signals, root, tmp_path):
     os.kill(p.pid, signal.SIGINT)
     assert procs.finish(p) == 130
     assert time.monotonic() - begin < 2
-    assert procs.lines(text)[-1] == "signal 2: ended at once; the last checkpoint stays"
-    assert (out / "latest.pt").exists() == (signals == 1)
+    assert procs.lines(text)[-1] == last
+    assert "Traceback" not in text.read_text()
+    assert (out / "latest.pt").exists() == (where == "common.evaluate")
 
 
 def signal_in_last_step() -> None:
@@ -241,21 +251,6 @@ def test_signal_at_the_last_step_is_a_finished_run(root, tmp_path, straight):
     assert procs.finish(p) == 0
     assert procs.lines(text)[-1].startswith("mIoU last ")
     procs.assert_same(procs.result(out), straight("speed"))
-
-
-def interrupt_at_start() -> None:
-    """For a process: Ctrl-C while its data and networks are made."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` would ignore it
-    common.load_weights = lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60)
-
-
-def test_interrupted_while_it_starts(root, tmp_path):
-    """Guards: a traceback, or status 0."""
-    text = tmp_path / "text"
-    argv = procs.flags("speed", root, tmp_path / "out")
-    assert procs.finish(procs.start("speed", argv, text, first=interrupt_at_start)) == 130
-    assert procs.lines(text)[-1] == "error: interrupted before the first step"
-    assert "Traceback" not in text.read_text()
 
 
 # --------------------------------------------------------------------------------- what is found

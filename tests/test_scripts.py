@@ -4,11 +4,9 @@
 """
 
 import ast
-import io
 import json
 import sys
 import tempfile
-import tokenize
 from pathlib import Path
 
 import helpers as h
@@ -76,21 +74,10 @@ def test_the_main_functions_share_their_blocks():
             assert lines == mine, (name, banner)
 
 
-def code_lines(path: Path) -> int:
-    """Lines that hold more than comments and docstrings."""
-    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    lines, fresh = set(), True
-    for t in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-        docstring = fresh and t.type == tokenize.STRING
-        fresh = t.type in skip
-        if not fresh and not docstring and t.type != tokenize.ENDMARKER:
-            lines.update(range(t.start[0], t.end[0] + 1))
-    return len(lines)
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_written_plainly(name: str):
-    nodes, lines = [*ast.walk(TREES[name])], code_lines(ROOT / f"{name}.py")
+    nodes = [*ast.walk(TREES[name])]
+    lines = len({n.lineno for n in nodes if isinstance(n, ast.stmt)})
     made = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     assigned = [n for n in nodes if isinstance(n, ast.Assign)]
     tuples = [n for n in assigned if isinstance(n.targets[0], (ast.Tuple, ast.List))]
@@ -114,7 +101,7 @@ def test_torch_is_in_view_in_main(name: str):
     text = ast.unparse(main_of(name))
     seen = "dist.init_process_group( nn.SyncBatchNorm.convert_sync_batchnorm( torch.autocast "
     seen += "DistributedDataParallel( torch.amp.GradScaler( torch.optim.SGD( torch.optim.AdamW( "
-    seen += "optimizer.zero_grad( .backward() scaler.step(optimizer) group['lr'] "
+    seen += "optimizer.zero_grad( .backward() scaler.step(optimizer) group['lr'] part.compile() "
     for what in [*seen.split(), "common.save(", "common.validate(", "log.train("]:
         assert what in text, what
 
@@ -125,12 +112,6 @@ def test_common_owns_no_run():
     named |= {n.id for n in nodes if isinstance(n, ast.Name)}
     torch_in_view = {"backward", "zero_grad", "DistributedDataParallel", "convert_sync_batchnorm"}
     assert not named & (torch_in_view | {"SGD", "AdamW", "init_process_group"})
-    calls = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
-    assert not [c for c in calls if c.endswith((".step", ".update")) and "optim" in c]
-    stored = [n for n in nodes if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Store)]
-    assert [ast.unparse(n) for n in stored if "'lr'" in ast.unparse(n)] == [
-        "terms['lr']"
-    ]  # a log's
     classes = [n for n in TREES["common"].body if isinstance(n, ast.ClassDef)]
     assert {n.name for n in classes if not n.bases} == {"Log"}, "one more class without a module"
     assert not {"speed", "mkd", "segkc", "common"} & {

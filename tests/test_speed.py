@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import data
-import mkd
 import segkc
 import speed
 
@@ -28,12 +27,6 @@ def inside(boxes: Tensor, h: int, w: int) -> Tensor:
     for b, (top, left, bottom, right) in enumerate(boxes.tolist()):
         found[b, top:bottom, left:right] = True
     return found
-
-
-@pytest.mark.parametrize("b", [2, 4, 6])
-@pytest.mark.parametrize("script", [speed, mkd, segkc], ids=lambda s: s.__name__)
-def test_the_partner_is_the_neighbour(script, b: int):
-    assert script.partner(torch.arange(b)).tolist() == [1, 0, 3, 2, 5, 4][:b]
 
 
 @pytest.mark.parametrize("cutmix", [speed.cutmix, segkc.cutmix])
