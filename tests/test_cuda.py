@@ -22,8 +22,6 @@ SCRIPTS = {  # every term takes part: no threshold, and MKD's released reading
     "mkd": "--threshold 0 --threshold-ss 0 --teacher-mode train --fa all",
     "segkc": "--threshold 0 --senior resnet18",
 }
-
-
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
 

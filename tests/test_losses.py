@@ -64,18 +64,6 @@ def mean(values: list[float]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-@pytest.mark.parametrize("keep_p", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("valid_p", [0.0, 0.6, 1.0])
-def test_masked_mean_divides_by_valid_pixels_not_by_kept_ones(keep_p: float, valid_p: float):
-    r = np.random.default_rng(0)
-    a = r.normal(size=(2, 5, 4)) + 3  # far from a mean of 0
-    valid = r.random(a.shape) < valid_p
-    keep = (r.random(a.shape) < keep_p) & valid
-    mine = sum(a[place] for place in np.ndindex(a.shape) if keep[place])
-    theirs = common.masked_mean(*map(torch.from_numpy, (a, keep, valid))).item()
-    np.testing.assert_allclose(theirs, mine / max(np.count_nonzero(valid), 1), **F64)
-
-
 # ----------------------------------------------------------------------------- supervised_loss
 
 

@@ -130,20 +130,6 @@ def all_pixels(batches: list[tuple[Tensor, Tensor]], c: int) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-def statistics_batches() -> list[tuple[Tensor, Tensor]]:
-    """Five updates over 5 classes: class 3 comes late, 1 skips one, 4 never, and one is all 255."""
-    batches = []
-    for k in range(5):
-        f = h.draw(2 + 2 * (k % 2), 7, 3, 4, seed=10 + k, scale=1 + k) + k  # means move
-        label = drawn_labels(len(f), 3, 4, classes=4, seed=20 + k)
-        label[(label == 3) & torch.tensor(k < 2)] = 0
-        label[(label == 1) & torch.tensor(k == 1)] = 2
-        if k == 2:
-            label[:] = 255
-        batches.append((f, label))
-    return batches
-
-
 def check_statistics(stats: mkd.ClassStatistics, seen: list, rtol: float = 1e-10):
     for c in range(5):
         x = all_pixels(seen, c)
@@ -154,8 +140,15 @@ def check_statistics(stats: mkd.ClassStatistics, seen: list, rtol: float = 1e-10
 
 
 def test_statistics_are_those_of_all_pixels_so_far():
+    """Class 3 comes late, 1 skips an update, 4 never comes, and an update is all 255."""
     stats, seen = mkd.ClassStatistics(5, 7).double(), []
-    for f, label in statistics_batches():
+    for k in range(5):
+        f = h.draw(2 + 2 * (k % 2), 7, 3, 4, seed=10 + k, scale=1 + k) + k  # means move
+        label = drawn_labels(len(f), 3, 4, classes=4, seed=20 + k)
+        label[(label == 3) & torch.tensor(k < 2)] = 0
+        label[(label == 1) & torch.tensor(k == 1)] = 2
+        if k == 2:
+            label[:] = 255
         stats.update(f, label)
         seen.append((f, label))
         check_statistics(stats, seen)
