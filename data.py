@@ -391,9 +391,7 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     for part, items in (("val", source.val), ("labelled", labeled), ("unlabelled", unlabeled)):
         for item in items:
             if item.image in seen:
-                raise InputError(
-                    f"{item.id}: a {seen[item.image]} and a {part} image; list it once"
-                )
+                raise InputError(f"{item.id}: {seen[item.image]} and {part}; list it once")
             seen[item.image] = part
             files = (item.image,) if part == "unlabelled" else (item.image, item.mask)
             for file in files if source.name != "shapes" else ():
@@ -413,9 +411,7 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     notes = []
     if source.left:
         why = "; ".join(sorted(set(source.left.values())))
-        notes.append(
-            f"{source.root}: {len(source.left)} files left out ({why}); data.py lists them"
-        )
+        notes.append(f"{source.root}: {len(source.left)} files left out ({why}); see data.py")
     if unlisted := len({i.image for i in source.train} - seen.keys()):
         notes.append(f"{said}: {unlisted} training images are in neither list and left out")
     return Split(labeled, unlabeled, source.val, source.classes, digest, line, notes)
@@ -551,20 +547,20 @@ def cutmix_box(crop: int, r: Generator) -> tuple[int, int, int, int]:
 class TrainBatches(Dataset):
     """One rank's share of the global batch of a step; the step is the index.
 
-    x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R], x_id; with `unlabeled` u, u_rect, u_id
-    alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box) and the `order`
+    x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R], x_id; unless labeled_only u, u_rect,
+    u_id alike, `strong` [V, b, 6] (see strong_params), `box` [V, b, R] (see cutmix_box) and the `order`
     of the four jitter ops. `step` and `positions` in the global batch say which samples these are.
     """
 
-    def __init__(self, split: Split, args, rank=0, world=1, unlabeled=True) -> None:
+    def __init__(self, split: Split, args: argparse.Namespace, rank=0, world=1) -> None:
         share = args.batch_size // world
         self.positions = list(range(rank * share, (rank + 1) * share))
-        self.split, self.args, self.unlabeled = split, args, unlabeled
+        self.split, self.args = split, args
 
     def __getitem__(self, step: int) -> dict:
         batch = {"step": step, "positions": self.positions}
         self.views(batch, "x", self.pick(self.split.labeled, "labeled", step))
-        if self.unlabeled:
+        if not self.args.labeled_only:
             self.views(batch, "u", self.pick(self.split.unlabeled, "unlabeled", step))
             crop = self.args.crop_size
             strong = [[strong_params(r) for r in self.rngs(f"strong{v}", step)] for v in (1, 2)]
@@ -624,7 +620,8 @@ def _end_workers() -> None:
     if hasattr(signal, "SIGCHLD"):  # else torch reports their death as an error
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:
+            process.kill()
 
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:
@@ -634,22 +631,24 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device, non_blocking=True)
 
 
-def train_batches(split: Split, args, rank, world, start, device, unlabeled=True) -> Iterator[dict]:
+def train_batches(
+    split: Split, args: argparse.Namespace, rank: int, world: int, start: int, device: torch.device
+) -> Iterator[dict]:
     """Yields this rank's TrainBatches from step `start` on, on the device.
 
     x and u are [b, 3, H, W] float in [0, 1], y is int64. Bool masks of the rectangles: x_valid and
     u_valid [b, H, W], True on image; cutmix [V, b, H, W], True where a view is to be its partner's.
     """
-    dataset, crop = TrainBatches(split, args, rank, world, unlabeled), args.crop_size
+    dataset, crop = TrainBatches(split, args, rank, world), args.crop_size
     for batch in _loaded(dataset, range(start, args.iters), args.workers, device):
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 batch[name] = to_device(value, device)
         batch["y"] = batch["y"].long()
-        for name in ("x", "u") if unlabeled else ("x",):
+        for name in ("x",) if args.labeled_only else ("x", "u"):
             batch[name] = batch[name].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
             batch[f"{name}_valid"] = rect_mask(batch[f"{name}_rect"], crop, crop)
-        if unlabeled:
+        if not args.labeled_only:
             inside = rect_mask(batch["box"].flatten(0, 1), crop, crop)
             batch["cutmix"] = inside.unflatten(0, batch["box"].shape[:2])
         yield batch
@@ -697,7 +696,9 @@ class ValBatches(Dataset):
         return batch | {"image": torch.from_numpy(image), "label": torch.from_numpy(label)}
 
 
-def val_batches(dataset: ValBatches, rank, world, workers, device) -> Iterator[dict]:
+def val_batches(
+    dataset: ValBatches, rank: int, world: int, workers: int, device: torch.device
+) -> Iterator[dict]:
     """Yields a rank's share of the val batches: image [b, 3, H, W] normalised, label int64."""
     for batch in _loaded(dataset, range(rank, len(dataset), world), workers, device):
         image = to_device(batch["image"], device).permute(0, 3, 1, 2)
@@ -872,8 +873,7 @@ def add_flags(group: argparse._ActionsContainer) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags of `python data.py`."""
-    p = argparse.ArgumentParser(description="Checks a data set: opens all files, lists faults.")
-    p.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_flags(p)
     p.add_argument("--download", action="store_true", help="first fetch VOC 2012 and SBD")
     return p

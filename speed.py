@@ -320,8 +320,7 @@ def main(argv: list[str] | None = None) -> None:
         common.validate(nets, split, device, log, start)
 
     # ---- train
-    unlabeled = not args.labeled_only
-    batches = data.train_batches(split, args, rank, world, start, device, unlabeled)
+    batches = data.train_batches(split, args, rank, world, start, device)
     for step, batch in enumerate(batches, start):
         # poly: lr (1 - t/T)^0.9; ramp of the unlabelled terms: from 0 to 1 in a share of the run
         for group in optimizer.param_groups:

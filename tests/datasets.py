@@ -103,6 +103,7 @@ def make_cityscapes(root: Path, raw: bool = False) -> Path:
 def batch_args(**changes: object) -> argparse.Namespace:
     """The flags that data.TrainBatches reads."""
     flags = dict(seed=0, crop_size=32, batch_size=4, iters=12, workers=0, scale=(0.5, 2.0))
+    flags["labeled_only"] = False
     return argparse.Namespace(**(flags | changes))
 
 

@@ -227,7 +227,11 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "latest.pt cut": (put("out/latest.pt", b"PK\x03\x04 cut"), "", "latest.pt"),
     "another latest.pt": (put("out/latest.pt", {"net": {}}), "", "out | --overwrite"),
     "best.pt alone": (put("out/best.pt", {}), "", "{tmp}/out | no latest.pt | another --out"),
-    "out is a file": (put("f", b""), "--out {tmp}/f", "{tmp}/f | give another --out"),
+    "out is a file": (
+        put("f", b""),
+        "--out {tmp}/f",
+        "{tmp}/f: cannot be written | give another place",
+    ),
     "test code": (put("best.pt", CODE), TEST, "best.pt | mkdir"),
     "test a state dict": (put("best.pt", {"a": 1}), TEST, "best.pt | give"),
     "other classes": (put("best.pt", lambda: best_pt(classes=OTHER)), TEST, "best.pt | classes"),
@@ -235,13 +239,12 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "windows off the patches": (put("best.pt", vit_pt), TEST + " --crop-size 64", "multiple of 14"),
     "strange config": (put("best.pt", lambda: best_pt(config=[1])), TEST, "best.pt | give"),
     "strange data set": (put("best.pt", {"dataset": ["x"]}), TEST, "best.pt | give"),
-    "predictions of a run": (nothing, "--save-predictions {tmp}/p", "--save-predictions | CKPT"),
+    "predictions of a run": (nothing, "--save-predictions {tmp}/p", "--predict | --test-only CKPT"),
     "pictures, no network": (nothing, "--predict {tmp}", "--predict | --test-only CKPT"),
     "odd batch": (nothing, "--batch-size 3", "--batch-size 3 on 1 ranks | multiple of 2"),
-    "crop too small": (nothing, "--crop-size 31", "--crop-size 31 | at least 32 pixels"),
-    "crop off the patches": (nothing, VIT_64, "--crop-size 64 | multiple of 14"),
+    "crop too small": (nothing, "--crop-size 31", "--crop-size 31 | 32 or more"),
+    "crop off the patches": (nothing, VIT_64, "--crop-size 64 | DINOv2: 42, 56"),
     "DPT on a CNN": (nothing, "--decoder dpt", "--decoder dpt | resnet18 | use deeplab"),
-    "scale the wrong way": (nothing, "--scale 2 0.5", "--scale 2.0 0.5 | smaller one first"),
     "unknown flag": (nothing, "--lern-rate 1", "unrecognized arguments | --lern-rate"),
 }
 
@@ -358,34 +361,36 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @OVER_SCRIPTS
 def test_all_ways_to_predict_give_the_same_files(script, tmp_path, root, best):
-    """As val images of a data set, as pictures without one, as one file, and in Python."""
-    argv = f"--dataset folder --root {root} --test-only {best} --save-predictions {tmp_path}/val"
-    done = run(script, argv, tmp_path)
-    assert re.match(r"mIoU \d+\.\d\d on 1 images · ", done.out[-1]), "all classes are present"
-    expected = contents(tmp_path / "val")
-    assert set(expected) == {"v00.png", "v00_overlay.png"}
-    bare = tmp_path / "bare"  # no data set near, nor flags
-    bare.mkdir()
-    shutil.copy(root / "val/images/v00.jpg", bare / "v00.jpg")
-    for pictures in (root / "val/images", "v00.jpg"):
-        argv = f"--test-only {best} --predict {pictures} --save-predictions new/png"
-        done = run(script, argv, bare)
+    """A folder, one file, and in Python; no data set near, nor flags. The score is theirs."""
+    shutil.copy(root / "val/images/v00.jpg", tmp_path / "v00.jpg")
+    for pictures, out in ((root / "val/images", "all/png"), ("v00.jpg", "one/png")):
+        argv = f"--test-only {best} --predict {pictures} --save-predictions {out}"
+        done = run(script, argv, tmp_path)
         assert done.status == 0, done.err
-        assert done.out == ["new/png: 1 predicted"]
-        assert contents(bare / "new/png") == expected
-        shutil.rmtree(bare / "new")
+        assert done.out == [f"{out}: 1 predicted"]
+    expected = contents(tmp_path / "all/png")
+    assert set(expected) == {"v00.png", "v00_overlay.png"}
+    assert contents(tmp_path / "one/png") == expected
 
     net, classes, settings = common.load_best(best)
     assert (classes, net.training) == (["sky", "road", "car"], False)
     assert vars(settings) == dict(crop_size=33, eval_mode="slide", amp="bf16")
-    label = common.predict_image(net, data.open_picture(bare / "v00.jpg"), settings)
+    label = common.predict_image(net, data.open_picture(tmp_path / "v00.jpg"), settings)
     assert len(np.unique(label)) > 1
     Image.fromarray(label).save(tmp_path / "v00.png")
     assert (tmp_path / "v00.png").read_bytes() == expected["v00.png"]
-    shown = np.asarray(Image.open(tmp_path / "val/v00_overlay.png")).astype(int)
+    shown = np.asarray(Image.open(tmp_path / "one/png/v00_overlay.png")).astype(int)
     voc = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]])  # the colours of ids 0, 1, 2
-    mean = (np.asarray(Image.open(bare / "v00.jpg")).astype(int) + voc[label]) / 2
+    mean = (np.asarray(Image.open(tmp_path / "v00.jpg")).astype(int) + voc[label]) / 2
     assert np.abs(shown - mean).max() <= 1
+
+    done = run(script, f"--dataset folder --root {root} --test-only {best}", tmp_path)
+    mask = np.asarray(Image.open(root / "val/masks/v00.png"))
+    label[mask == 255] = 255
+    iou = [
+        ((label == c) & (mask == c)).sum() / ((label == c) | (mask == c)).sum() for c in range(3)
+    ]
+    assert done.out[-1].startswith(f"mIoU {100 * np.mean(iou):.2f} on 1 images · resnet18, slide")
 
 
 @OVER_SCRIPTS
@@ -444,5 +449,5 @@ def test_pictures_that_are_refused(script, names, tmp_path, best):
 
 def test_predictions_into_a_file(tmp_path, root, best):
     (tmp_path / "f").touch()
-    argv = f"--dataset folder --root {root} --test-only {best} --save-predictions f"
+    argv = f"--test-only {best} --predict {root}/val/images --save-predictions f"
     assert "f: cannot be written" in error_of(run("speed", argv, tmp_path), 1)

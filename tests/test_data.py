@@ -557,12 +557,6 @@ def test_every_raw_cityscapes_id(tmp_path):
     assert (mask == 255).sum() == 256 - 19
 
 
-def test_masks_by_their_stem_in_any_case(tmp_path):
-    root = make_folder(tmp_path)
-    (root / "train/masks/t01.png").rename(root / "train/masks/t01.PNG")
-    assert data.load_source("folder", root).train[1].mask.name == "t01.PNG"
-
-
 def test_images_of_one_stem(tmp_path):
     """Guards: a pair that is not side by side in the order of the file names."""
     root = make_folder(tmp_path)
@@ -783,6 +777,12 @@ def test_what_reaches_the_device(folder):
     assert batch["y"].dtype == torch.int64
     assert torch.equal(batch["y"], raw["y"].long())
     assert (batch["y"][~batch["x_valid"]] == 255).all()
+    assert raw["box"].any()
+    for box, cutmix in zip(raw["box"].flatten(0, 1), batch["cutmix"].flatten(0, 1), strict=True):
+        top, left, bottom, right = box.tolist()
+        inside = torch.zeros(32, 32, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        assert torch.equal(cutmix, inside)
     padded = data.normalize(batch["x"]).permute(0, 2, 3, 1)[~batch["x_valid"]]
     assert len(padded) > 0
     assert padded.abs().max() < 0.02  # padding is zero for the network
@@ -797,7 +797,8 @@ def test_normalize_is_imagenets():
 def test_without_unlabelled_images_the_labelled_batches_are_the_same(folder):
     split, args = split_of(folder), batch_args()
     full = next(data.train_batches(split, args, 0, 1, 2, CPU))
-    alone = next(data.train_batches(split, args, 0, 1, 2, CPU, unlabeled=False))
+    args.labeled_only = True
+    alone = next(data.train_batches(split, args, 0, 1, 2, CPU))
     assert alone.keys() == set("step positions x y x_rect x_id x_valid".split())
     assert same(alone, {k: full[k] for k in alone})
 
@@ -879,6 +880,14 @@ def test_every_val_image_once_whatever_the_ranks(mixed_sizes, world, workers):
     assert ids == [f"v{i}" for i in range(9)]
     for batch in (b for share in shares for b in share):
         assert same(batch, alone[tuple(batch["id"])])
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_every_val_image_once_where_a_size_leaves_a_part_of_a_batch(mixed_sizes, most):
+    """Guards: an image counted twice to fill a batch. Five images are of one padded size."""
+    batches = data.ValBatches(mixed_sizes.val, 3, 16, most=most).batches
+    assert sorted(item.id for b in batches for item in b) == [f"v{i}" for i in range(9)]
+    assert max(map(len, batches)) == most
 
 
 def test_val_batches_hold_the_images(mixed_sizes):

@@ -111,8 +111,8 @@ def test_masks_are_upright_and_go_with_their_image(tmp_path, orientation):
     assert np.array_equal(batch["label"][0, :height, :width], shown)
     pixels = torch.from_numpy(UPRIGHT[orientation](stored).copy()).permute(2, 0, 1)[None] / 255
     assert torch.allclose(batch["image"][:, :, :height, :width], data.normalize(pixels), atol=1e-5)
-    args = batch_args(crop_size=48, batch_size=1, scale=(1.0, 1.0))
-    raw = data.TrainBatches(split, args, unlabeled=False)[0]
+    args = batch_args(crop_size=48, batch_size=1, scale=(1.0, 1.0), labeled_only=True)
+    raw = data.TrainBatches(split, args)[0]
     top, left, bottom, right = raw["x_rect"][0].tolist()
     y = raw["y"][0, top:bottom, left:right].numpy()
     assert np.array_equal(y, shown) or np.array_equal(y[:, ::-1], shown)

@@ -216,10 +216,10 @@ def test_confusion_matrix_has_labels_in_rows():
 def test_iou_of():
     """By hand: class 0 has 3 of 3 + 2 + 1, class 1 has 4 of 4 + 1 + 2, 2 is guessed, 3 absent."""
     confusion = torch.tensor([[3, 2, 0, 0], [1, 4, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    miou, iou = common.iou_of(confusion)
-    assert iou == [pytest.approx(50), pytest.approx(400 / 7), None, None]
+    miou, iou = common.iou_of(confusion, list("abcd"))
+    assert iou == dict(a=50, b=pytest.approx(400 / 7, abs=1e-4), c=None, d=None)
     assert miou == pytest.approx((50 + 400 / 7) / 2)
     confusion[0, 2] = 4  # a class that is in no label, but predicted, counts as zero
-    miou, iou = common.iou_of(confusion)
-    assert iou == [pytest.approx(30), pytest.approx(400 / 7), 0, None]
+    miou, iou = common.iou_of(confusion, list("abcd"))
+    assert iou == dict(a=30, b=pytest.approx(400 / 7, abs=1e-4), c=0, d=None)
     assert miou == pytest.approx((30 + 400 / 7) / 3)

@@ -52,7 +52,7 @@ def test_a_fork_by_the_readmes_edits_trains_and_goes_on(root, tmp_path):
     p.communicate()
     done = subprocess.run(command, check=False, **how)
     assert done.returncode == 0, done.stdout
-    assert re.search(r"mine-folder-root-full-s0/latest.pt: going on from step 2\n", done.stdout)
+    assert f"{out.name}/latest.pt: going on from step 2 of 4\n" in done.stdout
 
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]

@@ -196,7 +196,7 @@ def test_signal_saves_the_step_under_way_and_stops(script, number, root, tmp_pat
     os.killpg(p.pid, number)
     assert procs.finish(p) == 128 + number
     assert saved(out)["step"] in (5, 6, 7)
-    last = f"signal {int(number)}: saved; the same command goes on from there"
+    last = f"signal {int(number)}: saved; the same command, without --overwrite, goes on"
     assert procs.lines(text)[-1] == last
     assert "Traceback" not in text.read_text()
     run(script, argv)
@@ -238,19 +238,6 @@ def test_process_ends_at_once(where, signals, last, root, tmp_path):
     assert procs.lines(text)[-1] == last
     assert "Traceback" not in text.read_text()
     assert (out / "latest.pt").exists() == (where == "common.evaluate")
-
-
-def signal_in_last_step() -> None:
-    procs.at_step(11, lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(0.1)).start()
-
-
-def test_signal_at_the_last_step_is_a_finished_run(root, tmp_path, straight):
-    """Guards: a run that is done but says that it was stopped."""
-    out, text = tmp_path / "out", tmp_path / "text"
-    p = procs.start("speed", procs.flags("speed", root, out), text, first=signal_in_last_step)
-    assert procs.finish(p) == 0
-    assert procs.lines(text)[-1].startswith("mIoU last ")
-    procs.assert_same(procs.result(out), straight("speed"))
 
 
 # --------------------------------------------------------------------------------- what is found
@@ -333,7 +320,7 @@ def test_finished_run_prints_its_last_line(root, finished, capsys):
     text = capsys.readouterr().out
     end = f"mIoU last {miou:.2f} · best {miou:.2f} at step 2 · {finished}"
     assert text.splitlines()[-1] == end
-    assert "finished before, no step is left" in text
+    assert "going on from step 2 of 2" in text
     assert before == {p: p.read_bytes() for p in finished.glob("*.*")}
 
 

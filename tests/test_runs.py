@@ -1,6 +1,7 @@
 """What a run is made of: its steps, its lines, its best network, --compile, other systems."""
 
 import argparse
+import json
 import logging
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def test_eval_line_and_best_are_of_the_named_networks(script, root, tmp_path, sm
 def test_best_is_the_best_and_last_the_last(root, tmp_path, small, monkeypatch, capsys):
     """Guards: the last network saved as the best, the best mIoU told as the last."""
     falling = iter([30.0, 50.0, 50.0, 40.0])  # at steps 3, 6, 9, 11
-    monkeypatch.setattr(common, "iou_of", lambda _: (next(falling), [1.0, 2.0, None]))
+    iou = {"sky": 1.0, "road": 2.0, "car": None}
+    monkeypatch.setattr(common, "iou_of", lambda *_: (next(falling), iou))
     at_six = {}
 
     def look() -> None:
@@ -100,6 +102,28 @@ def test_best_is_the_best_and_last_the_last(root, tmp_path, small, monkeypatch, 
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("mIoU last 40.00")
     assert "best 50.00 at step 6" in last
+
+
+@pytest.mark.parametrize(("more", "images"), [("", 2), ("--labeled-only", 1)])
+def test_images_a_second_are_of_training_alone(more, images, root, tmp_path, small, monkeypatch):
+    """Guards: evaluations, or steps of another line, in the rate. Each step takes 0.5 s."""
+    now, update, evaluate = [0.0], torch.amp.GradScaler.update, common.evaluate
+
+    def half_a_second(*args: object) -> None:
+        update(*args)
+        now[0] += 0.5
+
+    def long(*args: object) -> dict:
+        now[0] += 1000
+        return evaluate(*args)
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.amp.GradScaler, "update", half_a_second)
+    monkeypatch.setattr(common, "evaluate", long)
+    procs.speed.main(procs.flags("speed", root, tmp_path, more))
+    log = [json.loads(line) for line in procs.lines(tmp_path / "log.jsonl")]
+    found = [(line["step"], line["images_s"]) for line in log if line["kind"] == "train"]
+    assert found == [(step, images * 4 / 0.5) for step in (3, 6, 9, 11)]
 
 
 def test_compile(root, tmp_path, monkeypatch, caplog):

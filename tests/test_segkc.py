@@ -3,6 +3,7 @@
 import copy
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import helpers as h
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import common
 import data
 import segkc
 
@@ -158,6 +160,17 @@ def two_steps(
         )
         lines.append(line)
     return lines
+
+
+def test_each_network_loads_its_own_weights(tmp_path, monkeypatch):
+    """Guards: --weights or --senior-weights that does nothing, or reaches the other network."""
+    load = mock.Mock(return_value="")
+    monkeypatch.setattr(common, "load_weights", load)
+    monkeypatch.setattr(data, "SHAPES_VAL", 2)
+    flags = "--senior resnet34 --junior resnet18 --iters 1 --weights a.pt --senior-weights b.pt"
+    h.run_main(segkc, [*h.TINY, *flags.split()], tmp_path)
+    loaded = [(c.args[0].config["backbone"], *c.args[1:3]) for c in load.call_args_list]
+    assert loaded == [("resnet18", "resnet18", "a.pt"), ("resnet34", "resnet34", "b.pt")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -78,11 +78,12 @@ def test_pick_view():
     r = np.random.default_rng(0)
     h_1, h_2, coin = (torch.from_numpy(r.random((3, 8, 8))) for _ in range(3))
     h_1[:, 0] = h_2[:, 1] = speed.PAD_ENTROPY
+    h_1[:, 2] = h_2[:, 2]  # equal: the first view
     for pick in ("max", "min", "random"):
         found = speed.pick_view(h_1, h_2, pick, coin)
         for place in np.ndindex(3, 8, 8):
-            higher = h_2[place].item() > h_1[place].item()
-            mine = dict(max=higher, min=not higher, random=coin[place].item() < 0.5)[pick]
+            a, b = h_1[place].item(), h_2[place].item()
+            mine = dict(max=b > a, min=b < a, random=coin[place].item() < 0.5)[pick]
             if place[1] < 2:
                 mine = place[1] == 0
             assert found[place].item() is mine, (pick, place)

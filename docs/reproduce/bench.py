@@ -385,7 +385,8 @@ def bench_data(opts: argparse.Namespace) -> None:
         args = argparse.Namespace(seed=0, batch_size=8, iters=10**6, scale=(0.5, 2.0))
         args.crop_size, args.workers = opts.crop_size or crop, cores
         for what in ("x", "both"):
-            batches = data.TrainBatches(split, args, unlabeled=what == "both")
+            args.labeled_only = what == "x"
+            batches = data.TrainBatches(split, argparse.Namespace(**vars(args)))
             calls[what] = map(batches.__getitem__, itertools.count()).__next__
         list(in_turns(r, calls, {}, opts.steps))
         x, u = r["x"] / 8, (r["both"] - r["x"]) / 8
