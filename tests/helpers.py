@@ -1,4 +1,4 @@
-"""For the tests: ranks, a script's run, and plain restatements that several methods share.
+"""For the tests: a script's run, and plain restatements that several methods share.
 
 The restatements are written from the notes, with loops, lists of pixels and explicit exponentials;
 none is copied from the code under test. A "pixel list" is [P, C]: one row for each pixel kept.
@@ -7,17 +7,13 @@ none is copied from the code under test. A "pixel list" is [P, C]: one row for e
 import functools
 import json
 import math
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,25 +42,6 @@ def padded(case: str, b: int, h: int, w: int) -> Tensor:
         valid[:] = torch.from_numpy(np.random.default_rng(1).random((b, h, w)) < 0.6)
         valid[0, : h // 2, : w // 2] = False
     return valid
-
-
-# -------------------------------------------------------------------------------------- ranks
-
-
-def run_ranks(world: int, fn: Callable, *args: object) -> list:
-    """What fn(*args) returns on each rank of a gloo group; `fn` at the top level of a module."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, fn, args, folder), nprocs=world)
-        return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]
-
-
-def _rank(rank: int, world: int, fn: Callable, args: tuple, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=world)
-    torch.save(fn(*args), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------- a whole run
@@ -106,27 +83,6 @@ def find_seed(args: object, boxes: bool = True, seeds: Iterable[int] = range(100
 def network(name: str) -> nn.Module:
     """A network for 6 classes in the memory layout of a run, whose rounding it then shares."""
     return build_network(name, 6).place(torch.device("cpu"))
-
-
-class Tiny(nn.Module):
-    """A network of two layers with what the steps ask of one; f is the last map, of stride 4."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.backbone = nn.Conv2d(3, width, 3, stride=4, padding=1)
-        self.backbone.channels = (width, width)
-        self.classifier = nn.Conv2d(width, 4, 1)
-        nn.init.normal_(self.backbone.weight)  # no class wins everywhere
-        nn.init.normal_(self.classifier.weight)
-
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        f = self.backbone(x).relu()
-        return self.classifier(f), f, f
-
-    def forward(self, x: Tensor, features: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        z, f, deep = self.parts(x)
-        z = bilinear(z, x.shape[-2:])
-        return (z, f, deep) if features else z
 
 
 NO_AMP = functools.partial(torch.autocast, "cpu", enabled=False)
@@ -195,6 +151,15 @@ def split_parameters(net: nn.Module) -> tuple[list, list]:
     """Parameters of the backbone, and all others."""
     backbone = list(net.backbone.parameters())
     return backbone, [p for p in net.parameters() if not any(p is b for b in backbone)]
+
+
+def assert_same_terms(lines: list[dict], mine: list[dict], amp: str) -> None:
+    """The terms of a run's lines are `mine`; an update magnifies rounding."""
+    for step, terms in enumerate(mine):
+        tolerance = 2e-5 if step == 0 else 0.05 if amp == "bf16" else 0.01
+        for name, value in terms.items():
+            found = lines[step][name]
+            assert abs(found - value) <= tolerance * abs(value) + 1e-12, (step, name, found, value)
 
 
 def assert_same_update(begin: dict, mine: dict, theirs: dict, most: float = 1e-2) -> None:

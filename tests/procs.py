@@ -39,15 +39,16 @@ TIMEOUT = 240  # seconds that no run here takes, also on a busy machine
 
 
 class TinyBackbone(nn.Sequential):
-    """Image to the maps of stride 4 and 16 that a CNN backbone gives, with 8 and 12 channels."""
+    """Image to the maps of stride 4 and 16 of a CNN backbone, with 8 and `width` channels."""
 
-    grid, patch, channels = 16, 1, (8, 12)
+    grid, patch = 16, 1
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         def stage(a: int, b: int) -> nn.Sequential:
             return nn.Sequential(nn.Conv2d(a, b, 5, 4, 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
 
-        super().__init__(OrderedDict(low=stage(3, 8), deep=stage(8, 12)))
+        super().__init__(OrderedDict(low=stage(3, 8), deep=stage(8, width)))
+        self.channels = (8, width)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         low = self.low(x)
@@ -57,8 +58,8 @@ class TinyBackbone(nn.Sequential):
 class TinyDecoder(nn.Sequential):
     """Both maps to the classifier's input, 16 channels at stride 4."""
 
-    def __init__(self) -> None:
-        super().__init__(nn.Conv2d(20, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Conv2d(8 + width, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         deep = common.upsample(maps[1], maps[0].shape[-2:])
@@ -68,12 +69,12 @@ class TinyDecoder(nn.Sequential):
 class Tiny(common.Segmenter):
     """A few thousand weights with all that the methods use of a segmentation network."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, width: int = 12) -> None:
         nn.Module.__init__(self)
         self.config = dict(backbone="resnet18", num_classes=num_classes)
         self.layout = torch.contiguous_format
-        self.backbone = TinyBackbone()
-        self.decoder = TinyDecoder()
+        self.backbone = TinyBackbone(width)
+        self.decoder = TinyDecoder(width)
         self.classifier = nn.Conv2d(16, num_classes, 1)
 
 
@@ -143,6 +144,7 @@ def _child(script: str, argv: list[str], log: Path, first: Callable | None) -> N
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
     sys.argv = [f"{script}.py", *argv]
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as in a shell's run
     common.build_network = tiny_network
     if first is not None:
         first()
@@ -162,6 +164,7 @@ def on_ranks(world: int, fn: Callable, *args: object) -> list:
 
 def _rank(rank: int, world: int, folder: str, fn: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=world)
     torch.save(fn(*args), f"{folder}/{rank}.pt")

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,13 @@ SCRIPTS = {  # every term takes part: no threshold, and MKD's released reading
     "mkd": "--threshold 0 --threshold-ss 0 --teacher-mode train --fa all",
     "segkc": "--threshold 0 --senior resnet18",
 }
-
-
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def start(words: list[str], gpu: bool = True) -> str:
     """Runs Python in a process that sees the GPU, or none; returns what it printed."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     # float32 is float32: the layers' TF32 would be another precision than the CPU's
-    env |= dict(OMP_NUM_THREADS="1", NVIDIA_TF32_OVERRIDE="0")
+    env = os.environ | dict(OMP_NUM_THREADS="1", NVIDIA_TF32_OVERRIDE="0")
     env["CUDA_VISIBLE_DEVICES"] = os.environ["GPUS_FOR_TESTS"] if gpu else ""
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     done = subprocess.run([sys.executable, *words], env=env, cwd=ROOT, timeout=600, **streams)
@@ -49,7 +47,7 @@ pytestmark = pytest.mark.skipif(not gpu_is_there(), reason="no GPU")
 
 
 def train_lines(
-    script: str, out: Path, *more: str, gpu: bool = True, before: tuple[str, ...] = ()
+    script: str, out: Path, *more: str, gpu: bool = True, before: Sequence[str] = ()
 ) -> list[dict]:
     """Runs a script into `out`; its train lines."""
     flags = [*TINY, "--backbone", "resnet18", *SCRIPTS[script].split(), *more]
@@ -79,10 +77,16 @@ def assert_same_run(lines: list[dict], others: list[dict], first: float, later: 
     assert losses == pytest.approx(expected, rel=later)
 
 
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=1".split()  # NCCL and DDP
+
+
 @each_script
-def test_cpu_and_gpu(script, plain, tmp_path):
-    lines = train_lines(script, tmp_path / "cpu", gpu=False)
-    assert_same_run(plain(script), lines, 1e-3, 1e-2)
+@pytest.mark.parametrize(
+    ("more", "how"), [([], dict(gpu=False)), ([], dict(before=TORCHRUN)), (["--compile"], {})]
+)
+def test_cpu_torchrun_and_compile(script, more, how, plain, tmp_path):
+    lines = train_lines(script, tmp_path / "run", *more, **how)
+    assert_same_run(lines, plain(script), 1e-3, 1e-2)
 
 
 @each_script
@@ -118,20 +122,6 @@ common.save = save_and_die
     saved = [torch.load(tmp_path / n / "latest.pt", map_location="cpu") for n in ("whole", "run")]
     assert saved[0]["scaler"] == saved[1]["scaler"]
     assert saved[0]["scaler"]["scale"] >= 1
-
-
-@each_script
-def test_torchrun(script, plain, tmp_path):
-    """NCCL and DDP, of one rank."""
-    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=1".split()
-    lines = train_lines(script, tmp_path / "run", before=tuple(torchrun))
-    assert_same_run(lines, plain(script), 1e-3, 1e-2)
-
-
-@each_script
-def test_compile(script, plain, tmp_path):
-    lines = train_lines(script, tmp_path / "run", "--compile")
-    assert_same_run(lines, plain(script), 1e-3, 1e-2)
 
 
 @each_script

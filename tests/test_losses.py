@@ -1,11 +1,11 @@
-"""Oracles of the losses that methods share or have alike, on one rank and on two."""
+"""Oracles of the losses that methods share or have alike, on one rank: test_ranks.py has more."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import F64, PADDINGS, draw, padded, run_ranks
+from helpers import F64, PADDINGS, draw, padded
 from torch import Tensor
 
 import common
@@ -62,18 +62,6 @@ def hard(found: list[tuple], pixels: int, share: float, thresh: float = 0.7) -> 
 
 def mean(values: list[float]) -> float:
     return sum(values) / max(len(values), 1)
-
-
-@pytest.mark.parametrize("keep_p", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("valid_p", [0.0, 0.6, 1.0])
-def test_masked_mean_divides_by_valid_pixels_not_by_kept_ones(keep_p: float, valid_p: float):
-    r = np.random.default_rng(0)
-    a = r.normal(size=(2, 5, 4)) + 3  # far from a mean of 0
-    valid = r.random(a.shape) < valid_p
-    keep = (r.random(a.shape) < keep_p) & valid
-    mine = sum(a[place] for place in np.ndindex(a.shape) if keep[place])
-    theirs = common.masked_mean(*map(torch.from_numpy, (a, keep, valid))).item()
-    np.testing.assert_allclose(theirs, mine / max(np.count_nonzero(valid), 1), **F64)
 
 
 # ----------------------------------------------------------------------------- supervised_loss
@@ -148,86 +136,3 @@ def test_distillation(case: str, t: float):
         np.testing.assert_allclose(theirs.item(), total / n, **F64)
         torch.testing.assert_close(z_t.grad, gradient, **F64)
     assert senior.grad is None
-
-
-# ------------------------------------------------------------------------------------ two ranks
-
-
-def world_batch() -> tuple[Tensor, Tensor, Tensor]:
-    """Four images whose first half has far fewer labelled pixels than the second."""
-    r = np.random.default_rng(5)
-    features, y = r.normal(size=(4, 3, 6, 5)), r.integers(0, C, (4, 6, 5))
-    y[:2][r.random((2, 6, 5)) < 0.9] = 255
-    y[2:][r.random((2, 6, 5)) < 0.1] = 255
-    return torch.from_numpy(features), torch.from_numpy(y), torch.from_numpy(r.normal(size=(C, 3)))
-
-
-KINDS = (("ce", 0.0, 0.7), ("ohem", 0.0, 0.7), ("ohem", 0.25, 0.1))
-
-
-def on_a_rank() -> dict:
-    """Loss and gradient of this rank's half, as DDP would use them; sums; MKD's statistics."""
-    rank, world = common.rank_world()
-    features, y, weight = world_batch()
-    share = slice(rank * 4 // world, (rank + 1) * 4 // world)
-    out = {}
-    for kind in KINDS:
-        w = weight.clone().requires_grad_()
-        z = torch.einsum("ca,bahw->bchw", w, features[share])
-        loss = common.supervised_loss(z, y[share], *kind)
-        loss.backward()
-        out[kind] = loss.item(), w.grad
-    x = torch.arange(3.0, dtype=torch.float64) * (rank + 1)
-    before = x.clone().requires_grad_()
-    out["sum"], out["mean"] = common.rank_sum(before), common.rank_mean(before)
-    out["same input"], out["rank"] = torch.equal(before.detach(), x), (rank, world)
-    a, valid = features[share, 0], y[share] != 255
-    out["masked"] = common.masked_mean(a, valid & (a > 0), valid).item()
-    stats = mkd.ClassStatistics(C, 3).double()
-    stats.update(features[share], y[share])
-    out["stats"] = stats.state_dict()
-    return out
-
-
-@pytest.fixture(scope="module")
-def ranks() -> list[dict]:
-    return run_ranks(2, on_a_rank)
-
-
-def test_two_ranks_are_one(ranks: list[dict]):
-    """Averaged over ranks, as DDP does it, losses and gradients are those of the global batch."""
-    assert [r["rank"] for r in ranks] == [(0, 2), (1, 2)]
-    features, y, weight = world_batch()
-    for kind in KINDS:
-        w = weight.clone().requires_grad_()
-        z = torch.einsum("ca,bahw->bchw", w, features)
-        found = cross_entropies(z.detach().numpy(), y.numpy())
-        kept = found if kind[0] == "ce" else hard(found, y.numel(), *kind[1:])
-        mine = mean([ce for ce, _ in kept])
-        np.testing.assert_allclose(mean([r[kind][0] for r in ranks]), mine, **F64)
-        gradient = ce_gradient(z.detach().numpy(), y.numpy(), [p for _, p in kept], len(kept))
-        z.backward(torch.from_numpy(gradient))
-        averaged = (ranks[0][kind][1] + ranks[1][kind][1]) / 2
-        torch.testing.assert_close(averaged, w.grad, rtol=1e-9, atol=1e-12)
-    a, valid = features[:, 0], y != 255
-    mine = sum(v for v in a[valid].tolist() if v > 0) / int(valid.sum())
-    assert mean([r["masked"] for r in ranks]) == pytest.approx(mine, rel=1e-10)
-
-
-def test_rank_sum_and_rank_mean(ranks: list[dict]):
-    for r in ranks:
-        assert r["sum"].tolist() == [0.0, 3.0, 6.0]
-        assert r["mean"].tolist() == [0.0, 1.5, 3.0]
-        assert r["same input"], "rank_sum changed its input"
-        assert not r["sum"].requires_grad
-        assert not r["mean"].requires_grad
-
-
-def test_two_ranks_hold_the_statistics_of_all_pixels(ranks: list[dict]):
-    features, y, _ = world_batch()
-    for stats in (r["stats"] for r in ranks):
-        for c in range(C):
-            x = features.movedim(1, -1)[y == c].numpy()
-            assert stats["count"][c] == len(x)
-            np.testing.assert_allclose(stats["mean"][c], x.mean(0), **F64)
-            np.testing.assert_allclose(stats["var"][c], x.var(0), **F64)

@@ -7,12 +7,12 @@ import re
 import signal
 from pathlib import Path
 
-import numpy as np
 import procs
 import pytest
 import torch
 import torch.distributed as dist
 from datasets import blobs, make_folder, noise, save
+from helpers import NO_AMP
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -95,18 +95,9 @@ def confusion_on(root: Path, more: str) -> dict:
 def test_confusion_matrices_do_not_depend_on_the_ranks(more, root):
     """Guards: images counted twice or left out where the set cannot be shared evenly."""
     one = confusion_on(root, more)
-    counts = np.zeros(3, np.int64)
-    for path in (root / "val/masks").iterdir():
-        masks = np.asarray(data.read_mask(data.Item("", path, path), _size(path), 3))
-        counts += np.bincount(masks.flatten(), minlength=256)[:3]
-    assert one["a"].sum(1).tolist() == one["b"].sum(1).tolist() == counts.tolist()
     assert not one["a"].equal(one["b"])
     for rank in procs.on_ranks(3, confusion_on, root, more):
         procs.assert_same(rank, one)
-
-
-def _size(path: Path) -> tuple[int, int]:
-    return data.open_picture(path).size
 
 
 # ------------------------------------------------------------------------------ the same step
@@ -122,9 +113,9 @@ def step_on(root: Path, script: str, more: str) -> dict:
     args = args_of(script, root, more)
     torch.manual_seed(0)
     nets = [procs.Tiny(3) for _ in range(4)]
-    for k, net in enumerate(nets):
+    for net in nets:
         for p in net.parameters():
-            p.data *= 1.5 + 0.1 * k
+            p.data *= 1.5
         if args.sup_loss == "ohem":
             net.classifier.weight.data *= 10  # sure of most pixels: fewer are below 0.7 than kept
         net.train()
@@ -132,24 +123,19 @@ def step_on(root: Path, script: str, more: str) -> dict:
     for k, p in enumerate(batch["positions"]):  # very unequal counts: p eighths are ignored
         batch["y"][k, : 4 * p] = 255
     stats = nn.ModuleDict()
-    if script == "speed":
-        whole = nets[0]
-    elif script == "mkd":
+    whole, step, parts = nets[0], procs.speed.speed_step, [nets[0]]
+    if script == "mkd":
         names = ("student1", "student2", "teacher1", "teacher2")
-        whole = mkd.Students(*nets[:2])
         stats = nn.ModuleDict({name: mkd.ClassStatistics(3, 16) for name in names})
-        parts = dict(zip(names, [*nets[:2], *(n.requires_grad_(False) for n in nets[2:])]))  # noqa: B905
-    else:
-        whole = procs.segkc.Pair(*nets[:2])
-        parts = {"junior": nets[1], "senior": nets[0]}
+        nets[2].requires_grad_(False)
+        nets[3].requires_grad_(False)
+        parts = [dict(zip(names, nets, strict=True)), stats]
+        whole, step = mkd.Students(*nets[:2]), mkd.mkd_step
+    elif script == "segkc":
+        parts = [{"junior": nets[1], "senior": nets[0]}]
+        whole, step = procs.segkc.Pair(*nets[:2]), procs.segkc.segkc_step
     model = DistributedDataParallel(whole) if world > 1 else whole
-    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
-    if script == "speed":
-        terms = procs.speed.speed_step(args, nets[0], model, autocast, batch, 1.0)
-    elif script == "mkd":
-        terms = mkd.mkd_step(args, parts, stats, model, autocast, batch, 1.0)
-    else:
-        terms = procs.segkc.segkc_step(args, parts, model, autocast, batch, 1.0)
+    terms = step(args, *parts, model, NO_AMP, batch, 1.0)
     terms["loss"].backward()
     return {
         "terms": {k: common.rank_mean(v) for k, v in terms.items()},
@@ -199,6 +185,10 @@ def test_ranks_take_the_same_gradient_step(script, world, more, root):
 
 def buffers_on() -> list:
     torch.manual_seed(dist.get_rank())
+    mine = torch.tensor([1.0, 2.0]) * (1 + dist.get_rank())
+    assert common.rank_sum(mine.requires_grad_()).equal(torch.tensor([3.0, 6.0]))
+    assert common.rank_mean(mine).equal(torch.tensor([1.5, 3.0]))
+    assert mine.equal(torch.tensor([1.0, 2.0]) * (1 + dist.get_rank())), "its input has changed"
     net = procs.Tiny(3)
     net(torch.randn(2, 3, 32, 32))
     before = [b.clone() for b in net.buffers()]
@@ -274,43 +264,28 @@ def log_on(out: Path) -> None:
             log.train(done, optimizer, scaler)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_train_lines_are_means_over_steps_and_ranks(world, tmp_path):
+def test_train_lines_are_means_over_steps_and_ranks(tmp_path):
     """Guards: rank 0's own losses, the last step's, a mean over --log-every where fewer were."""
-    if world > 1:
-        procs.on_ranks(world, log_on, tmp_path)
-    else:
-        log_on(tmp_path)
-    more = 5.0 * (world - 1)  # mean of 0 and 10
+    procs.on_ranks(2, log_on, tmp_path)
     found = [(x["step"], x["loss"], x["L_x"], x["lr"]) for x in procs.log_of(tmp_path)]
-    assert found == [(s, m + more, (m + more) / 4, 0.5) for s, m in ((2, 1.5), (4, 3.5), (5, 5.0))]
+    assert found == [(2, 6.5, 1.625, 0.5), (4, 8.5, 2.125, 0.5), (5, 10.0, 2.5, 0.5)]
 
 
 # ------------------------------------------------------------------------------------ torchrun
 
 
-def test_torchrun_restarts_after_kills(root, tmp_path, on_two):
-    """Guards: a restart that hangs on dead ranks' addresses, starts anew, or ends elsewhere.
+def test_torchrun_restarts(root, tmp_path, on_two):
+    """Guards: a restart that hangs on dead ranks' addresses, starts anew, or ends elsewhere; ranks
+    that wait for one that failed until the cluster's time is up; silence.
 
     With --overwrite, which is for the first life alone.
     """
     argv = ["mkd", *procs.flags("mkd", root, tmp_path / "out", "--overwrite")]
-    p = procs.torchrun(argv, "--nproc_per_node=2 --max-restarts=3", DIE="1:3:kill,0:3:kill")
+    p = procs.torchrun(argv, "--nproc_per_node=2 --max-restarts=2", DIE="1:3:kill,1:3:raise")
     text = procs.output(p, 120)
     assert p.returncode == 0, text
     assert [int(n) for n in re.findall(r"going on from step (\d+)", text)] == [2, 4]
-    procs.assert_same(procs.result(tmp_path / "out"), on_two("mkd")[1])
-
-
-def test_two_nodes(root, tmp_path, on_two):
-    """Guards: ranks taken for local ranks. Two launchers on the loopback address."""
-    port = procs.free_port()
-    options = "--nnodes=2 --nproc_per_node=1 --rdzv-backend=c10d --rdzv-id=1 "
-    options += f"--rdzv-endpoint=127.0.0.1:{port} --local-addr=127.0.0.1"
-    argv = ["mkd", *procs.flags("mkd", root, tmp_path / "out")]
-    nodes = [procs.torchrun(argv, options) for _ in range(2)]
-    texts = [procs.output(p) for p in nodes]
-    assert [p.returncode for p in nodes] == [0, 0], texts
+    assert re.search(r"\[rank 1\] error: planted", text)
     procs.assert_same(procs.result(tmp_path / "out"), on_two("mkd")[1])
 
 
@@ -323,16 +298,6 @@ def test_a_signal_to_one_rank_stops_all():
     """Guards: a node that is preempted alone: the others would wait for it, and nothing is saved.
     They agree where a log line is due."""
     assert procs.on_ranks(2, signal_to_rank_1) == [[0, signal.SIGTERM]] * 2
-
-
-def test_rank_that_fails_brings_the_others_down(root, tmp_path):
-    """Guards: ranks that wait for one that is gone until the cluster's time is up; silence."""
-    argv = ["speed", *procs.flags("speed", root, tmp_path / "out")]
-    p = procs.torchrun(argv, DIE="1:5:raise")
-    text = procs.output(p, 90)
-    assert p.returncode != 0
-    assert re.search(r"\[rank 1\] error: planted", text)
-    assert torch.load(tmp_path / "out/latest.pt", weights_only=True)["step"] == 4
 
 
 def test_sigterm_to_torchrun_saves_one_step(root, tmp_path):
@@ -352,22 +317,12 @@ def test_sigterm_to_torchrun_saves_one_step(root, tmp_path):
     assert not ours  # no traceback of ours
 
 
-def third_of_two(names: dict[str, str]) -> None:
-    """Makes this process one of a rank that has no GPU left."""
-    os.environ.update(names)
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 2
-
-
-def test_more_ranks_than_gpus(root, tmp_path):
-    """Guards: CUDA's traceback; silence, as all ranks but 0 keep."""
-    names = dict(LOCAL_RANK="2", RANK="2", WORLD_SIZE="4")
-    argv, text = procs.flags("speed", root, tmp_path / "out", "--batch-size 8"), tmp_path / "text"
-    p = procs.start("speed", argv, text, first=functools.partial(third_of_two, names))
-    assert procs.finish(p) == 1
-    told = "[rank 2] error: LOCAL_RANK 2: there is no such GPU; lower --nproc_per_node"
-    assert procs.lines(text)[-1].startswith(told)
-    assert "Traceback" not in text.read_text()
+def test_more_ranks_than_gpus(monkeypatch):
+    """Guards: CUDA's traceback; silence, as all ranks but 0 keep over an InputError."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(common.RunError, match="^LOCAL_RANK 2: no such GPU, .*lower --nproc_per"):
+        common.pick_device(2)
 
 
 def test_a_world_size_alone_starts_no_group(monkeypatch):

@@ -82,9 +82,6 @@ def test_eval_line_and_best_are_of_the_named_networks(script, root, tmp_path, sm
         assert line[name] == pytest.approx(miou_of(net, root, settings), abs=1e-3), name
         if name == "miou":
             procs.assert_same(dict(best.state_dict()), dict(net.state_dict()))
-    assert np.mean([v for v in line["iou"].values() if v is not None]) == pytest.approx(
-        line["miou"], abs=1e-3
-    )
 
 
 def test_best_is_the_best_and_last_the_last(root, tmp_path, small, monkeypatch, capsys):
@@ -129,9 +126,11 @@ def test_images_a_second_are_of_training_alone(more, images, root, tmp_path, sma
     assert found == [(step, images * 4 / 0.5) for step in (3, 6, 9, 11)]
 
 
-@pytest.mark.parametrize("script", ["speed", "segkc"])  # MKD's lines are SegKC's
-def test_compile(script, root, tmp_path, monkeypatch, caplog):
-    """Guards: graph breaks that fail, a full cache. Traced alone: code generation takes minutes."""
+def test_compile(root, tmp_path, monkeypatch, caplog):
+    """Guards: graph breaks that fail, a full cache. Traced alone: code generation takes minutes.
+
+    SegKC, which has two networks; test_scripts.py sees the same lines in the others.
+    """
     traced, compile_part = [], nn.Module.compile
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
@@ -139,8 +138,8 @@ def test_compile(script, root, tmp_path, monkeypatch, caplog):
         return graph
 
     def train(out: Path, *more: str) -> list[dict]:
-        argv = procs.flags(script, root, out, "--iters 2 --log-every 1 --lr 0.001 --batch-size 2")
-        procs.SCRIPTS[script].main([*argv, *more])
+        argv = procs.flags("segkc", root, out, "--iters 2 --log-every 1 --lr 0.001 --batch-size 2")
+        procs.segkc.main([*argv, *more])
         return [line for line in procs.log_of(out) if line["kind"] == "train"]
 
     plain = train(tmp_path / "plain")
@@ -162,27 +161,19 @@ def test_compile(script, root, tmp_path, monkeypatch, caplog):
 
 
 WITHOUT = """
-import sys
+import os, sys, torch  # torch itself may need some of these
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None  # importing it is an ImportError
-import torch  # itself may need some of them
-import os
 del os.sched_getaffinity
 sys.platform = "win32"
-for script in ("speed", "mkd", "segkc"):
-    module = __import__(script)
-    try:
-        module.parse_args(["--help"])
-    except SystemExit as e:
-        assert e.code == 0
-print("all of them")
+import speed, mkd, segkc
+for script in (speed, mkd, segkc):
+    script.parse_args([])
 """
 
 
-def test_help_where_unix_modules_are_missing():
+def test_scripts_start_where_unix_modules_are_missing():
     """Guards: scripts that do not start on Windows."""
     words = [sys.executable, "-c", WITHOUT]
     done = subprocess.run(words, cwd=procs.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("all of them\n")
-    assert done.stdout.count("usage: ") == 3

@@ -4,26 +4,14 @@
 """
 
 import ast
-import io
 import json
 import sys
 import tempfile
-import tokenize
 from pathlib import Path
 
+import helpers as h
 import pytest
 import torch
-from helpers import (
-    TINY,
-    batches_of,
-    look,
-    network,
-    run_main,
-    split_parameters,
-    standardized,
-    supervised,
-)
-from torch import Tensor
 
 import data
 import mkd
@@ -85,21 +73,10 @@ def test_the_main_functions_share_their_blocks():
             assert lines == mine, (name, banner)
 
 
-def code_lines(path: Path) -> int:
-    """Lines that hold more than comments and docstrings."""
-    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    lines, fresh = set(), True
-    for t in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-        docstring = fresh and t.type == tokenize.STRING
-        fresh = t.type in skip
-        if not fresh and not docstring and t.type != tokenize.ENDMARKER:
-            lines.update(range(t.start[0], t.end[0] + 1))
-    return len(lines)
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_written_plainly(name: str):
-    nodes, lines = [*ast.walk(TREES[name])], code_lines(ROOT / f"{name}.py")
+    nodes = [*ast.walk(TREES[name])]
+    lines = len({n.lineno for n in nodes if isinstance(n, ast.stmt)})
     made = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     assigned = [n for n in nodes if isinstance(n, ast.Assign)]
     tuples = [n for n in assigned if isinstance(n.targets[0], (ast.Tuple, ast.List))]
@@ -113,19 +90,10 @@ def test_scripts_are_written_plainly(name: str):
     imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
     assert not imported & (set(SCRIPTS) - {name}), "a script imports another"
-    supervised = [n for n in nodes if "supervised_loss" in ast.unparse(getattr(n, "func", n))]
-    for n in (n for n in supervised if isinstance(n, ast.Call)):  # by CE or OHEM, as flags say
+    calls = [n for n in nodes if isinstance(n, ast.Call)]
+    assert "part.compile()" in map(ast.unparse, calls), "--compile does nothing"
+    for n in (n for n in calls if "supervised_loss" in ast.unparse(n.func)):  # CE or OHEM, by flags
         assert [ast.unparse(a) for a in n.args[2:]] == ["args.sup_loss", "args.ohem_share"]
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_torch_is_in_view_in_main(name: str):
-    text = ast.unparse(main_of(name))
-    seen = "dist.init_process_group( nn.SyncBatchNorm.convert_sync_batchnorm( torch.autocast "
-    seen += "DistributedDataParallel( torch.amp.GradScaler( torch.optim.SGD( torch.optim.AdamW( "
-    seen += "optimizer.zero_grad( .backward() scaler.step(optimizer) group['lr'] "
-    for what in [*seen.split(), "common.save(", "common.validate(", "log.train("]:
-        assert what in text, what
 
 
 def test_common_owns_no_run():
@@ -134,12 +102,6 @@ def test_common_owns_no_run():
     named |= {n.id for n in nodes if isinstance(n, ast.Name)}
     torch_in_view = {"backward", "zero_grad", "DistributedDataParallel", "convert_sync_batchnorm"}
     assert not named & (torch_in_view | {"SGD", "AdamW", "init_process_group"})
-    calls = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
-    assert not [c for c in calls if c.endswith((".step", ".update")) and "optim" in c]
-    stored = [n for n in nodes if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Store)]
-    assert [ast.unparse(n) for n in stored if "'lr'" in ast.unparse(n)] == [
-        "terms['lr']"
-    ]  # a log's
     classes = [n for n in TREES["common"].body if isinstance(n, ast.ClassDef)]
     assert {n.name for n in classes if not n.bases} == {"Log"}, "one more class without a module"
     assert not {"speed", "mkd", "segkc", "common"} & {
@@ -162,29 +124,7 @@ def test_the_flags_default_to_the_notes_values():
     assert segkc.parse_args(["--junior", "resnet34"]).backbone == "resnet34"
 
 
-# ------------------------------------------------------------------------- schedule, optimizers
-
-
-def test_train_lines_are_means_and_rates_are_of_their_last_step(tmp_path, monkeypatch):
-    """Five steps in a line of three and, at the end, one of two. lr 0.1 (1 - t/5)^0.9."""
-
-    def step(args, net, model, autocast, batch: dict, ramp: float) -> dict[str, Tensor]:
-        loss = 0.0 * model(batch["x"]).mean()
-        number = torch.tensor(batch["step"] + 1.0)
-        return dict(loss=loss + number, ramp=torch.tensor(ramp), square=number**2)
-
-    monkeypatch.setattr(speed, "speed_step", step)
-    monkeypatch.setattr(data, "SHAPES_VAL", 2)
-    flags = "--iters 5 --log-every 3 --ramp 0.5 --lr 0.1 --head-lr-mult 10".split()
-    lines, latest, _ = run_main(speed, [*TINY, *flags], tmp_path)
-    keys = ("step", "loss", "square", "ramp", "lr")
-    expected = [  # ramp: t / 2.5 at steps 0 to 4, at most 1
-        (3, 2.0, (1 + 4 + 9) / 3, (0 + 0.4 + 0.8) / 3, 0.1 * 0.6**0.9),
-        (5, 4.5, (16 + 25) / 2, 1.0, 0.1 * 0.2**0.9),
-    ]
-    assert [tuple(line[k] for k in keys) for line in lines] == [pytest.approx(e) for e in expected]
-    rates = [group["lr"] for group in latest["optimizer"]["param_groups"]]
-    assert rates == pytest.approx([0.1 * 0.2**0.9, 0.2**0.9])
+# --------------------------------------------------------------------- values of short runs
 
 
 def test_adamw_decays_decoupled_from_the_gradient(tmp_path, monkeypatch):
@@ -194,16 +134,16 @@ def test_adamw_decays_decoupled_from_the_gradient(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(data, "SHAPES_VAL", 2)
     flags = "--labeled-only --iters 1 --optimizer adamw --lr 0.01 --weight-decay 2".split()
-    args = speed.parse_args([*TINY, *flags])
-    batch = batches_of(args)[0]
+    args = speed.parse_args([*h.TINY, *flags])
+    batch = h.batches_of(args)[0]
     torch.manual_seed(args.seed)
-    net = network(args.backbone)
-    loss = supervised(look(net, standardized(batch["x"]))["z"], batch["y"])
+    net = h.network(args.backbone)
+    loss = h.supervised(h.look(net, h.standardized(batch["x"]))["z"], batch["y"])
     loss.backward()
-    lines, latest, _ = run_main(speed, [*TINY, *flags], tmp_path)
+    lines, latest, _ = h.run_main(speed, [*h.TINY, *flags], tmp_path)
     assert lines[0]["loss"] == pytest.approx(loss.item(), rel=2e-5)
     names = {p: name for name, p in net.named_parameters()}
-    for parameters, rate in zip(split_parameters(net), (0.01, 0.03), strict=True):
+    for parameters, rate in zip(h.split_parameters(net), (0.01, 0.03), strict=True):
         for p in parameters:
             g = p.grad.abs()
             sure = g > 1e-2 * g.max().clamp_min(1e-3)  # rounding has not made the sign
@@ -214,29 +154,22 @@ def test_adamw_decays_decoupled_from_the_gradient(tmp_path, monkeypatch):
         assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, False)
 
 
-# ---------------------------------------------------------------------------- values of short runs
-
 RUNS = {
-    "speed": "--seed 1",  # here and with coins, no rounding decides which view a cell is from
-    "speed, all terms": "--threshold 0 --ramp 0 --pick random --grid 3",
-    "mkd": "",
-    "mkd, all terms": "--threshold 0 --threshold-ss 0 --ramp 0",
-    "segkc": "",
-    "segkc, all terms": "--threshold 0 --ramp 0",
+    # coins, so that rounding picks no view; the ramp is 0, 1 / 1.2 and 1
+    "speed": "--threshold 0 --iters 3 --ramp 0.4 --pick random --grid 3",
+    "mkd": "--threshold 0 --threshold-ss 0 --ramp 0",
+    "segkc": "--threshold 0 --ramp 0",
 }
-
-
 REFERENCE = ROOT / "tests/reference.json"
 
 
 def first_lines(run: str, out: Path) -> dict[str, list[float]]:
-    """The terms of the first three train lines. A low rate: AdamW's first steps magnify rounding,
-    which differs between processors."""
+    """The terms of all train lines. A low rate: AdamW's first steps magnify rounding, which
+    differs between processors."""
     flags = (
-        "--dataset shapes --crop-size 65 --iters 3 --log-every 1 --workers 0 --amp off --lr 1e-5"
+        "--dataset shapes --crop-size 49 --iters 2 --log-every 1 --workers 0 --amp off --lr 1e-5"
     )
-    script = SCRIPTS[run.split(",")[0]]
-    lines, *_ = run_main(script, [*flags.split(), *RUNS[run].split()], out)
+    lines, *_ = h.run_main(SCRIPTS[run], [*flags.split(), *RUNS[run].split()], out)
     terms = [k for k in lines[0] if k not in ("kind", "step", "lr", "images_s", "memory_gb")]
     return {k: [line[k] for line in lines] for k in terms}
 

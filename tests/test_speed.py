@@ -4,36 +4,13 @@ import copy
 import itertools
 import math
 
+import helpers as h
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    NO_AMP,
-    PADDINGS,
-    TINY,
-    Tiny,
-    assert_same_update,
-    between,
-    ce_sum,
-    draw,
-    find_seed,
-    kl_sum,
-    look,
-    nearest,
-    network,
-    padded,
-    pasted,
-    run_main,
-    sgd,
-    split_parameters,
-    standardized,
-    supervised,
-    tiny_batch,
-)
 from torch import Tensor
 
 import data
-import mkd
 import segkc
 import speed
 
@@ -52,18 +29,12 @@ def inside(boxes: Tensor, h: int, w: int) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("b", [2, 4, 6])
-@pytest.mark.parametrize("script", [speed, mkd, segkc], ids=lambda s: s.__name__)
-def test_the_partner_is_the_neighbour(script, b: int):
-    assert script.partner(torch.arange(b)).tolist() == [1, 0, 3, 2, 5, 4][:b]
-
-
 @pytest.mark.parametrize("cutmix", [speed.cutmix, segkc.cutmix])
 def test_cutmix_pastes_the_partners_box(cutmix):
     boxes = torch.tensor([[0, 0, 3, 9], [2, 1, 8, 5], [0, 0, 0, 0], [4, 3, 8, 9]])
-    image = draw(4, 3, 8, 9)
+    image = h.draw(4, 3, 8, 9)
     for t in (image, image[:, 0].round().long(), image[:, 0] > 0):  # label and valid map
-        mine = pasted(t, boxes, [1, 0, 3, 2])
+        mine = h.pasted(t, boxes, [1, 0, 3, 2])
         assert torch.equal(cutmix(t, inside(boxes, 8, 9)), mine)
         assert not torch.equal(mine, t)
 
@@ -71,15 +42,17 @@ def test_cutmix_pastes_the_partners_box(cutmix):
 # --------------------------------------------------------------------------- entropy and cells
 
 
-@pytest.mark.parametrize("case", PADDINGS)
-@pytest.mark.parametrize(("h", "w", "n"), [(8, 8, 4), (13, 9, 4), (11, 7, 3), (5, 6, 1), (3, 9, 4)])
-def test_cells(case: str, h: int, w: int, n: int):
+@pytest.mark.parametrize("case", h.PADDINGS)
+@pytest.mark.parametrize(
+    ("height", "width", "n"), [(8, 8, 4), (13, 9, 4), (11, 7, 3), (5, 6, 1), (3, 9, 4)]
+)
+def test_cells(case: str, height: int, width: int, n: int):
     """Mean entropy over the valid pixels of each cell; pixels get back what their cell says."""
-    z, valid = draw(3, 5, h, w).float(), padded(case, 3, h, w)
+    z, valid = h.draw(3, 5, height, width).float(), h.padded(case, 3, height, width)
     found = speed.cell_mean(speed.entropy(z), valid, n)
-    spread = speed.cells_to_pixels(found, h, w)
+    spread = speed.cells_to_pixels(found, height, width)
     for b, i, j in np.ndindex(3, n, n):
-        (top, bottom), (left, right) = edges(h, n)[i], edges(w, n)[j]
+        (top, bottom), (left, right) = edges(height, n)[i], edges(width, n)[j]
         entropies = []
         for y, x in itertools.product(range(top, bottom), range(left, right)):
             if valid[b, y, x]:
@@ -100,22 +73,20 @@ def test_entropy_of_certain_and_of_even_predictions():
     assert speed.entropy(z)[0].tolist() == [[0.0, 0.0, even, even]] * 4
 
 
-def test_pick_view_takes_the_view_of_higher_or_lower_entropy_or_the_coins():
+def test_pick_view():
+    """The view of higher or lower entropy, or the coin's; never one that has no image there."""
     r = np.random.default_rng(0)
-    h1, h2, coin = (torch.from_numpy(r.random((3, 4, 4))) for _ in range(3))
-    higher, lower = speed.pick_view(h1, h2, "max"), speed.pick_view(h1, h2, "min")
-    tossed = speed.pick_view(h1, h2, "random", coin)
-    for place in np.ndindex(3, 4, 4):
-        second_is_higher = h2[place].item() > h1[place].item()
-        assert higher[place].item() is second_is_higher
-        assert lower[place].item() is not second_is_higher
-        assert tossed[place].item() is (coin[place].item() < 0.5)
-
-
-def test_equal_cells_are_of_the_first_view():
-    h = torch.tensor([[[0.3, 0.0], [speed.PAD_ENTROPY, 1.7]]])
-    for pick in ("max", "min"):
-        assert not speed.pick_view(h, h, pick).any()
+    h_1, h_2, coin = (torch.from_numpy(r.random((3, 8, 8))) for _ in range(3))
+    h_1[:, 0] = h_2[:, 1] = speed.PAD_ENTROPY
+    h_1[:, 2] = h_2[:, 2]  # equal: the first view
+    for pick in ("max", "min", "random"):
+        found = speed.pick_view(h_1, h_2, pick, coin)
+        for place in np.ndindex(3, 8, 8):
+            a, b = h_1[place].item(), h_2[place].item()
+            mine = dict(max=b > a, min=b < a, random=coin[place].item() < 0.5)[pick]
+            if place[1] < 2:
+                mine = place[1] == 0
+            assert found[place].item() is mine, (pick, place)
 
 
 def test_coins_are_of_their_own_seed_step_and_position():
@@ -126,37 +97,6 @@ def test_coins_are_of_their_own_seed_step_and_position():
     every = torch.cat([coins, *others])
     assert len(every.unique()) == every.numel(), "images, steps or seeds share coins"
     assert coins[1, 0, :3].tolist() == pytest.approx([0.0956006, 0.2890006, 0.9671795])
-
-
-def test_the_step_tosses_by_the_place_in_the_global_batch(monkeypatch):
-    args, batch = speed.parse_args([*TINY, "--pick", "random"]), tiny_batch()
-    batch |= dict(step=5, positions=[2, 3])
-    coins, original = [], speed.pick_view
-
-    def record(h_1: Tensor, h_2: Tensor, pick: str, coin: Tensor) -> Tensor:
-        coins.append(coin)
-        return original(h_1, h_2, pick, coin)
-
-    monkeypatch.setattr(speed, "pick_view", record)
-    net = Tiny(5)
-    speed.speed_step(args, net, net, NO_AMP, batch, 1.0)
-    assert torch.equal(coins[0], speed.draw_coins(args.seed, 5, [2, 3], 4))
-
-
-@pytest.mark.parametrize("pick", ["max", "min", "random"])
-def test_a_cell_of_padding_never_wins(pick: str):
-    """Cells that are empty in view 1, in view 2, in both, in none."""
-    one, two = torch.ones(2, 1, 4, 4, dtype=torch.bool)
-    one[:, :2, :2] = one[:, 2:, :2] = False
-    two[:, :2, 2:] = two[:, 2:, :2] = False
-    h1, h2 = (
-        speed.cell_mean(speed.entropy(draw(1, 3, 4, 4, seed=k).float()), v, 2)
-        for k, v in enumerate((one, two))
-    )
-    for coin in (0.0, 0.9):  # the second view, the first
-        second = speed.pick_view(h1, h2, pick, torch.full((1, 2, 2), coin))
-        assert second[0, 0, 0], "view 1 has no image here"
-        assert not second[0, 0, 1], "view 2 has no image here"
 
 
 # -------------------------------------------------------------------------------------- losses
@@ -192,17 +132,17 @@ def relation_oracle(f_t: Tensor, f_m: Tensor, valid: Tensor, sharp: float = 0.1)
     return total / max(rows, 1)
 
 
-@pytest.mark.parametrize("case", PADDINGS)
-@pytest.mark.parametrize(("h", "w"), [(64, 64), (32, 80), (16, 16), (72, 49)])
-def test_relation_loss(case: str, h: int, w: int):
-    valid, cells = padded(case, 3, h, w), ((h + 3) // 4, (w + 3) // 4)
-    f_t, f_m = draw(3, 6, *cells) + 0.5, draw(3, 6, *cells, seed=1) + 0.5  # as after a ReLU
+@pytest.mark.parametrize("case", h.PADDINGS)
+@pytest.mark.parametrize("size", [(64, 64), (32, 80), (16, 16), (72, 49)])
+def test_relation_loss(case: str, size: tuple[int, int]):
+    valid, cells = h.padded(case, 3, *size), [(side + 3) // 4 for side in size]
+    f_t, f_m = h.draw(3, 6, *cells) + 0.5, h.draw(3, 6, *cells, seed=1) + 0.5  # as after a ReLU
     f_m.requires_grad_()
     mine, found = relation_oracle(f_t, f_m, valid), speed.relation_loss(f_t, f_m, valid)
     assert found.item() == pytest.approx(mine.item(), rel=2e-5, abs=1e-6)
     gradients = [torch.autograd.grad(loss, f_m)[0] for loss in (mine, found)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-    if case == "all" and h > 16:
+    if case == "all" and size[0] > 16:
         assert mine > 0.01
 
 
@@ -212,7 +152,7 @@ def test_positions_of_features_that_16_is_no_multiple_of(width: int):
     valid = torch.zeros(1, 126, 126, dtype=torch.bool)
     valid[..., :width] = True
     columns = sum(min(max(width / 15.75 - k, 0), 1) > 0.5 for k in range(8))
-    f_t, f_m = draw(1, 6, 72, 72), draw(1, 6, 72, 72, seed=1).requires_grad_()
+    f_t, f_m = h.draw(1, 6, 72, 72), h.draw(1, 6, 72, 72, seed=1).requires_grad_()
     speed.relation_loss(f_t, f_m, valid).backward()
     used = f_m.grad.abs().sum((0, 1, 2)) > 0
     assert used.tolist() == [k < 9 * columns for k in range(72)]
@@ -240,46 +180,47 @@ def two_steps(
     crop, n, swap = args.crop_size, args.grid, [1, 0]
     lines, velocity, picked, apart = [], None, set(), math.inf
     for step, batch in enumerate(batches):
-        x, y, valid = standardized(batch["x"]), batch["y"], batch["u_valid"]
-        u = standardized(batch["u"])
+        x, y, valid = h.standardized(batch["x"]), batch["y"], batch["u_valid"]
+        u = h.standardized(batch["u"])
         strong = data.strong_views(batch["u"], batch["strong"], batch["order"])
         boxes = batch["box"] if args.host_cutmix else torch.zeros_like(batch["box"])
-        views = [pasted(standardized(s), b, swap) for s, b in zip(strong, boxes, strict=True)]
+        views = [h.pasted(h.standardized(s), b, swap) for s, b in zip(strong, boxes, strict=True)]
 
         net.eval()  # step 2
         with torch.no_grad():
-            weak = look(net, u, args.amp)
-            seen = [look(net, v, args.amp)["z"] for v in views]
+            weak = h.look(net, u, args.amp)
+            seen = [h.look(net, v, args.amp)["z"] for v in views]
         net.train()
 
         # steps 3: everything cut per view, at its own stride; features by the nearest pixel
         def of_view(v: int, t: Tensor, boxes: Tensor = boxes) -> Tensor:
             if t.shape[-1] == crop:
-                return pasted(t, boxes[v], swap)
-            cut = nearest(inside(boxes[v], crop, crop), t.shape[-2:])
+                return h.pasted(t, boxes[v], swap)
+            cut = h.nearest(inside(boxes[v], crop, crop), t.shape[-2:])
             return torch.where(cut[:, None], t[swap], t)
 
         second = torch.zeros(2, crop, crop, dtype=torch.bool)  # steps 4, 5
         for b in range(2):
             for i, (top, bottom) in enumerate(edges(crop, n)):
                 for j, (left, right) in enumerate(edges(crop, n)):
-                    cell, h = np.s_[b, top:bottom, left:right], []
+                    cell, means = np.s_[b, top:bottom, left:right], []
                     for v in range(2):
                         p = seen[v].softmax(1).movedim(1, -1)[cell]
                         kept = of_view(v, valid)[cell]
                         p = torch.where(p > 0, -p * p.log(), 0).sum(-1)[kept]
-                        h.append(p.mean().item())  # nan where there is no image
-                    apart = min(apart, abs(h[1] - h[0]))  # nan is not less
-                    take = h[1] > h[0] if args.pick == "max" else h[1] < h[0]
+                        means.append(p.mean().item())  # nan where there is no image
+                    h_1, h_2 = means
+                    apart = min(apart, abs(h_2 - h_1))  # nan is not less
+                    take = h_2 > h_1 if args.pick == "max" else h_2 < h_1
                     if args.pick == "random":
                         take = data.rng(args.seed, "coin", step, b).random((n, n))[i, j] < 0.5
-                    if math.isnan(h[0]) or math.isnan(h[1]):
-                        take = math.isnan(h[0]) and not math.isnan(h[1])
+                    if math.isnan(h_1) or math.isnan(h_2):
+                        take = math.isnan(h_1) and not math.isnan(h_2)
                     second[cell] = bool(take) and args.entropy_mix
                     picked.add(bool(take))
 
         def mixed(t1: Tensor, t2: Tensor, second: Tensor = second) -> Tensor:
-            cut = second if t1.shape[-1] == crop else nearest(second, t1.shape[-2:])
+            cut = second if t1.shape[-1] == crop else h.nearest(second, t1.shape[-2:])
             return torch.where(cut[:, None] if t1.dim() == 4 else cut, t2, t1)
 
         m = mixed(*views)
@@ -288,21 +229,21 @@ def two_steps(
         )
         c, y_hat = z_t.softmax(1).max(1)
         if args.threshold is None:
-            args.threshold = between(c[valid_m])
+            args.threshold = h.between(c[valid_m])
         keep, count = (c >= args.threshold) & valid_m, int(valid_m.sum())
 
-        both = look(net, torch.cat([x, m]), args.amp)  # step 6
+        both = h.look(net, torch.cat([x, m]), args.amp)  # step 6
         z_x, z_m, f_m = both["z"][:2], both["z"][2:], both["f"][2:]
-        t = {"L_x": supervised(z_x, y), "L_u": ce_sum(z_m, y_hat, keep) / count}
-        t["L_logit"] = kl_sum(z_t, z_m, valid_m, args.temperature) / count
+        t = {"L_x": h.supervised(z_x, y), "L_u": h.ce_sum(z_m, y_hat, keep) / count}
+        t["L_logit"] = h.kl_sum(z_t, z_m, valid_m, args.temperature) / count
         t["L_feat"] = relation_oracle(f_t, f_m, valid_m, args.feature_temperature)
         # --ramp: the unlabelled terms grow from 0 over that share of the run
         ramp = step / (args.ramp * args.iters) if args.ramp else 1
         of_u = args.lambda_u * t["L_u"] + args.alpha * t["L_feat"] + args.beta * t["L_logit"]
         t["loss"] = (t["L_x"] + ramp * of_u) / 2
         t["loss"].backward()
-        backbone, head = split_parameters(net)
-        velocity = sgd(args, [(backbone, 1), (head, args.head_lr_mult)], step, velocity)
+        backbone, head = h.split_parameters(net)
+        velocity = h.sgd(args, [(backbone, 1), (head, args.head_lr_mult)], step, velocity)
         lines.append({k: v.item() for k, v in t.items()} | {"confident": int(keep.sum()) / count})
     assert len(picked) == 2, "one view has won all cells: this seed tests nothing"
     return lines, apart
@@ -311,21 +252,19 @@ def two_steps(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHAPES_VAL", 2)
-    argv = [*TINY, *VARIANTS[variant].split()]
+    argv = [*h.TINY, *VARIANTS[variant].split()]
     args = speed.parse_args(argv)
     seeds, apart = iter(range(100)), 0
     while apart < 2.5e-6:  # 20 units of rounding, which must not decide on a cell
-        args.threshold, batches = None, find_seed(args, seeds=seeds)
+        args.threshold, batches = None, h.find_seed(args, seeds=seeds)
         torch.manual_seed(args.seed)
-        net = network(args.backbone)
+        net = h.network(args.backbone)
         begin = copy.deepcopy(net.state_dict())
         mine, apart = two_steps(args, batches, net)
 
     argv += ["--threshold", str(args.threshold), "--seed", str(args.seed)]
-    lines, latest, best = run_main(speed, argv, tmp_path)
+    lines, latest, best = h.run_main(speed, argv, tmp_path)
     assert 0.1 < lines[0]["confident"] < 0.9
-    for step, tolerance in ((0, 2e-5), (1, 0.05 if args.amp == "bf16" else 0.01)):
-        for name, value in mine[step].items():
-            assert lines[step][name] == pytest.approx(value, rel=tolerance), (step, name)
-    assert_same_update(begin, net.state_dict(), latest["net"])
+    h.assert_same_terms(lines, mine, args.amp)
+    h.assert_same_update(begin, net.state_dict(), latest["net"])
     assert best["net"].keys() == begin.keys(), "inference is the network itself"
