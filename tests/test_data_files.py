@@ -1,6 +1,7 @@
 """Files as users have them: what a file says of itself, what is left out, text of other systems."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import struct
@@ -130,7 +131,6 @@ def tiff16(width: int, height: int) -> bytes:
 DEEP = {
     "RGB.png": png(4, 4, 16, 2, b"\x0f\xff" * 12),
     "RGBA.png": png(4, 4, 16, 6, b"\xff\xff" * 16),
-    "LA.png": png(4, 4, 16, 4, b"\xff\xff" * 8),
     "L.png": png(4, 4, 16, 0, b"\x0f\xff" * 4),
     "RGB.tif": tiff16(4, 4),
 }
@@ -228,7 +228,6 @@ def test_masks_of_0_and_255_alone(tmp_path, monkeypatch, capsys):
 
 BAD_VAL = {
     "v01.png: value 3": lambda root: save(root / "val/masks/v01.png", blobs(1, 3) + 1),
-    "v01.png: (48, 39)": lambda root: save(root / "val/masks/v01.png", blobs(1, 3)[1:]),
     "v01.png: no readable mask": lambda root: truncate(root / "val/masks/v01.png"),
     "v01.jpg: no readable image": lambda root: (root / "val/images/v01.jpg").write_text("text"),
 }
@@ -346,8 +345,7 @@ def test_shared_memory(tmp_path, monkeypatch, ranks):
     usage.free -= 1
     line = refusal(data.check_shared_memory, args, ranks, split)
     assert line.startswith(f"/dev/shm has {need / 2**20:.1f} MB free, the workers' batches take")
-    for word in ("--workers 0", "docker run --shm-size 1g"):
-        assert word in line
+    assert "--workers 0, or start the container by docker run --shm-size 1g" in line
     data.check_shared_memory(batch_args(crop_size=321, batch_size=8), ranks, split)  # no workers
     monkeypatch.setattr(os.path, "isdir", lambda path: False)  # not Linux
     data.check_shared_memory(args, ranks, split)
@@ -385,11 +383,11 @@ def test_fuzz_lists(tmp_path):
 def test_fuzz_pictures(tmp_path):
     """Guards: a traceback, or a label that is no class, over the contents of pictures."""
     r, files, good = np.random.default_rng(0), [], 0
-    for mode in "L P 1 RGB RGBA LA I;16 I F CMYK".split():
-        for form in "PNG TIFF JPEG GIF BMP WEBP PPM".split():
-            with contextlib.suppress(OSError, ValueError):  # not every mode goes with every format
-                Image.fromarray(blobs(0, 3)).convert(mode).save(tmp_path / "x", form)
-                files.append((tmp_path / "x").read_bytes())
+    modes, forms = "L P 1 RGB RGBA LA I;16 I F CMYK", "PNG TIFF JPEG GIF BMP WEBP PPM"
+    for mode, form, n in itertools.product(modes.split(), forms.split(), (3, 9)):
+        with contextlib.suppress(OSError, ValueError):  # not every mode goes with every format
+            Image.fromarray(blobs(0, n)).convert(mode).save(tmp_path / "x", form)
+            files.append((tmp_path / "x").read_bytes())
     for k in range(len(files) + FUZZ):  # as they are, then damaged
         content = np.frombuffer(files[k % len(files)], np.uint8).copy()
         if k >= len(files):
