@@ -372,7 +372,7 @@ def test_fuzz_lists(tmp_path):
         if split is not None:
             both = [i.image.resolve() for i in (*split.labeled, *split.unlabeled)]
             assert len(set(both)) == len(both) > 1
-            assert all(p.is_relative_to(root / "train/images") and p.is_file() for p in both)
+            assert all(p.is_relative_to(root / "train") and p.is_file() for p in both)
             assert all(i.mask.resolve().is_relative_to(root) for i in split.labeled)
             accepted += 1
     assert FUZZ // 9 < accepted < FUZZ
