@@ -65,7 +65,6 @@ def save_palette(path: Path, label: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(label)
     image.putpalette(data.palette().flatten().tolist())
-    assert image.mode == "P"
     image.save(path)
 
 

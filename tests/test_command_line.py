@@ -88,7 +88,8 @@ def test_presets_are_the_fields(script, argv):
     assert {k: args[k] for k in expected} == expected
     cnn = {"speed": "resnet101", "mkd": "resnet101", "segkc": "resnet50"}
     assert args["backbone"] == (argv.split()[2] if "--" in argv else cnn[script])
-    assert args.get("senior", "resnet101") == "resnet101"
+    senior = "resnet34" if "shapes" in argv else "resnet101"
+    assert args.get("senior", senior) == senior
 
 
 # ------------------------------------------------------------------------- what is found where

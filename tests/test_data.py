@@ -136,7 +136,6 @@ WEAK = [  # image size, crop, scale
     ((200, 30), 64, (0.5, 2.0)),  # wide and low: padding below, not at the side
     ((30, 200), 64, (0.5, 2.0)),
     ((20, 17), 64, (0.5, 2.0)),  # always smaller than the crop
-    ((64, 64), 64, (0.8, 1.25)),
 ]
 
 
@@ -214,9 +213,7 @@ VOC = {"name": "pascal", "train": 10582, "fine": 1464}
 CITY = {"name": "cityscapes", "train": 2975}
 COUNTS = [  # protocol, split, source, labelled, of them with fine masks (None: by chance)
     ("classic", "1/16", VOC, 92, 92),
-    ("classic", "1/8", VOC, 183, 183),
     ("classic", "full", VOC, 1464, 1464),
-    ("classic", "92", VOC, 92, 92),
     ("blended", "1/16", VOC, 662, None),
     ("blended", "1/8", VOC, 1323, None),
     ("priority", "1/8", VOC, 1323, 1323),
@@ -333,14 +330,12 @@ LIST_ERRORS = [  # labelled lines, unlabelled lines, what the message must conta
     ([VOC_TRAIN[0]], [VOC_TRAIN[1], VOC_TRAIN[0]], VOC_TRAIN[0]),  # overlap
     ([voc_line(VOC_TRAIN[0])], [VOC_TRAIN[0]], VOC_TRAIN[0]),  # overlap, in two formats
     ([voc_line(VOC_VAL[1])], VOC_TRAIN[:2], VOC_VAL[1]),
-    (VOC_TRAIN[:2], [VOC_VAL[0]], VOC_VAL[0]),
     ([], VOC_TRAIN[:2], "labeled.txt"),  # empty
     (VOC_TRAIN[:2], [], "unlabeled.txt"),
     ([voc_line("2007_999999")], VOC_TRAIN[:2], "2007_999999"),
     ([VOC_TRAIN[0]] * 2, VOC_TRAIN[1:2], VOC_TRAIN[0]),  # twice
     (["/etc/passwd"], VOC_TRAIN[:2], "/etc/passwd"),
     ([f"JPEGImages/{VOC_TRAIN[0]}.jpg /etc/passwd"], VOC_TRAIN[1:2], "/etc/passwd"),
-    (VOC_TRAIN[:2], [f"JPEGImages/{VOC_TRAIN[3]}.jpg ../x.png"], "../x.png"),
     (VOC_TRAIN[:2], ["JPEGImages/" + "a" * 300 + ".jpg"], "aaa"),  # no file system has such names
 ]
 
@@ -785,16 +780,6 @@ def test_download_merges_the_masks(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------- real data
-
-
-def test_camvid():
-    source = data.load_source("folder", datasets.shared("data/camvid"))
-    assert (len(source.train), len(source.val), len(source.classes)) == (367, 101, 11)
-    split = data.make_split(source, "1/8", 0, "classic")
-    assert (len(split.labeled), len(split.unlabeled)) == (46, 321)
-    batch = next(data.train_batches(split, batch_args(crop_size=160), 0, 1, 0, CPU))
-    assert len(batch["y"].unique()) > 4
-    assert set(batch["y"].unique().tolist()) <= {*range(11), 255}
 
 
 def test_voc_sample():

