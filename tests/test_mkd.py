@@ -366,7 +366,7 @@ def test_first_steps_recomputed(variant: str, tmp_path, monkeypatch):
     mine, seen, (tau, tau_s) = first_steps(args, batches, students, teachers)
 
     argv = [*h.TINY, "--seed", str(args.seed), *flags.format(tau=tau, tau_s=tau_s).split()]
-    lines, latest, best = h.run_main(mkd, argv, tmp_path)
+    lines, latest, _ = h.run_main(mkd, argv, tmp_path)
     if "{tau}" in flags:
         assert 0.1 < lines[0]["confident"] < 0.9
     h.assert_same_terms(lines, mine, args.amp)
@@ -379,5 +379,3 @@ def test_first_steps_recomputed(variant: str, tmp_path, monkeypatch):
         assert count.sum() == sum(map(len, x))
         apart = np.linalg.norm(count[:, None] * found - var)
         assert apart <= 0.05 * np.linalg.norm(var)
-    assert best["net"].keys() == begin["student1"].keys()
-    assert torch.equal(best["net"]["classifier.weight"], latest["student1"]["classifier.weight"])

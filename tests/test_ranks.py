@@ -321,7 +321,7 @@ def test_more_ranks_than_gpus(monkeypatch):
     """Guards: CUDA's traceback; silence, as all ranks but 0 keep over an InputError."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(common.RunError, match="^LOCAL_RANK 2: no such GPU, .*lower --nproc_per"):
+    with pytest.raises(common.RunError, match="^LOCAL_RANK 2: .*no such GPU; lower --nproc"):
         common.pick_device(2)
 
 

@@ -5,7 +5,8 @@ import json
 import logging
 import subprocess
 import sys
-from functools import partialmethod
+from collections.abc import Callable
+from functools import partial, partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -109,17 +110,13 @@ def test_images_a_second_are_of_training_alone(more, images, root, tmp_path, sma
     """Guards: evaluations, or steps of another line, in the rate. Each step takes 0.5 s."""
     now, update, evaluate = [0.0], torch.amp.GradScaler.update, common.evaluate
 
-    def half_a_second(*args: object) -> None:
-        update(*args)
-        now[0] += 0.5
-
-    def long(*args: object) -> dict:
-        now[0] += 1000
-        return evaluate(*args)
+    def lasting(seconds: float, function: Callable, *args: object) -> object:
+        now[0] += seconds
+        return function(*args)
 
     monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(torch.amp.GradScaler, "update", half_a_second)
-    monkeypatch.setattr(common, "evaluate", long)
+    monkeypatch.setattr(torch.amp.GradScaler, "update", lambda self: lasting(0.5, update, self))
+    monkeypatch.setattr(common, "evaluate", partial(lasting, 1000, evaluate))
     procs.speed.main(procs.flags("speed", root, tmp_path, more))
     log = [json.loads(line) for line in procs.lines(tmp_path / "log.jsonl")]
     found = [(line["step"], line["images_s"]) for line in log if line["kind"] == "train"]

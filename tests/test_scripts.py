@@ -41,11 +41,6 @@ def blocks(name: str) -> dict[str, list[str]]:
     return found
 
 
-OWN = {  # in the shared blocks, the lines that are a method's own begin so
-    "resume": ("    nets = {", "    state = {")
-}
-
-
 def shared(name: str) -> dict[str, list[str]]:
     """The blocks of a main() without what is a method's own."""
     found = blocks(name)
@@ -55,8 +50,8 @@ def shared(name: str) -> dict[str, list[str]]:
         lines[0],
         *lines[lines.index(next(x for x in lines if "fused = " in x)) :],
     ]
-    for block, own in OWN.items():
-        found[block] = [line for line in found[block] if not line.startswith(own)]
+    own = ("    nets = {", "    state = {")
+    found["resume"] = [line for line in found["resume"] if not line.startswith(own)]
     step = [k for k, line in enumerate(found["train"]) if "ramp = " in line or "zero_grad" in line]
     del found["train"][step[0] + 1 : step[1]]  # the call of the step
     return found
