@@ -1,6 +1,5 @@
 """The three scripts as commands: presets, bad input, NOTE lines, best.pt on pictures."""
 
-import itertools
 import json
 import os
 import re
@@ -240,9 +239,9 @@ def root(tmp_path_factory) -> Path:
     return make_folder(tmp_path_factory.mktemp("data") / "root", val=1)
 
 
-@pytest.mark.parametrize(("script", "name"), [*zip(itertools.cycle(SCRIPTS), CASES)])
+@OVER_SCRIPTS
+@pytest.mark.parametrize("name", CASES)
 def test_bad_input(script, name, tmp_path, root):
-    """What is said comes from common.py and data.py: each case on one script, in turn."""
     spoil, flags, said = CASES[name]
     shutil.copytree(root, tmp_path / "root")
     spoil(tmp_path)
