@@ -35,9 +35,6 @@ SCRIPTS = {"speed": speed, "mkd": mkd, "segkc": segkc}
 TIMEOUT = 240  # seconds that no run here takes, also on a busy machine
 
 
-# ------------------------------------------------------------------------------ small networks
-
-
 class TinyBackbone(nn.Sequential):
     """Image to the maps of stride 4 and 16 of a CNN backbone, with 8 and `width` channels."""
 
@@ -192,9 +189,6 @@ def wait_for(seen: Callable[[], bool], p: BaseProcess | subprocess.Popen) -> Non
         time.sleep(0.01)
 
 
-# ------------------------------------------------------------------------------------- torchrun
-
-
 def torchrun(argv: list[str], options: str = "--nproc_per_node=2", **env: str) -> subprocess.Popen:
     """torchrun on this file (see below); standard output and error come back together."""
     if "rdzv" not in options:
@@ -242,9 +236,6 @@ def _fail_at() -> None:
 
     if rank == os.environ["RANK"]:
         at_step(int(step), die).start()
-
-
-# ------------------------------------------------------------------------------ what runs leave
 
 
 def lines(path: Path) -> list[str]:

@@ -91,9 +91,6 @@ def test_presets_are_the_fields(script, argv):
     assert args.get("senior", senior) == senior
 
 
-# ------------------------------------------------------------------------- what is found where
-
-
 @OVER_SCRIPTS
 def test_without_voc_the_first_lines_say_so(script, tmp_path):
     """Nothing is trained here: the split is refused thereafter."""
@@ -268,9 +265,6 @@ def test_a_run_that_fails_ends_with_one_line(script, tmp_path, root):
     argv = tiny(script, tmp_path) + f"--root {root} --lr 1e30 --iters 3 --log-every 1"
     line = error_of(run(script, argv, tmp_path), 1)
     assert re.match(r"error: step [23]: \w+ is (nan|inf|-inf); .*lower --lr", line), line
-
-
-# ------------------------------------------------------------------- the trained network in use
 
 
 @OVER_SCRIPTS
