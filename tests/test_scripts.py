@@ -91,6 +91,14 @@ def test_scripts_are_written_plainly(name: str):
         assert [ast.unparse(a) for a in n.args[2:]] == ["args.sup_loss", "args.ohem_share"]
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_torch_is_in_view(name: str):
+    text = "\n".join(sum(blocks(name).values(), []))
+    words = "init_process_group SyncBatchNorm DistributedDataParallel torch.autocast GradScaler "
+    words += "optim.SGD optim.AdamW zero_grad .backward() scaler.step ** 0.9"
+    assert all(word in text for word in words.split())
+
+
 def test_common_owns_no_run():
     nodes = [*ast.walk(TREES["common"])]
     named = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
