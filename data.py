@@ -51,9 +51,8 @@ CITYSCAPES_CLASSES = (
     "person rider car truck bus train motorcycle bicycle"
 ).split()
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-SHAPES_CLASSES = (
-    "background ringed_disk checkered_square striped_triangle dotted_star grained_cross"
-).split()
+SHAPES_CLASSES = "background ringed_disk checkered_square striped_triangle dotted_star".split()
+SHAPES_CLASSES += ["grained_cross"]
 ROOT = Path("data")  # default of --root
 SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE, BUILT_IN = 512, 128, 96, Path("built in")
 VAL_PIXELS = 2**21  # of a val batch
@@ -300,6 +299,7 @@ def _open(path: Path, what: str, decode: bool = True) -> tuple[Image.Image, int]
             noted = image.format != "PNG" or any("exif" in k or "xmp" in k for k in image.info)
             turn = image.getexif().get(274) if noted else 1  # it would decode a whole PNG
             if decode or image.format == "TIFF":  # the size of a TIFF is upright once it is loaded
+                image.load()
                 ImageOps.exif_transpose(image, in_place=True)
             clear = decode and (image.mode[-1] in "aA" or "transparency" in image.info)
             if what == "image" and clear and image.convert("RGBA").getextrema()[3][0] < 255:
