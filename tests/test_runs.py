@@ -162,7 +162,6 @@ import os, sys, torch  # torch itself may need some of these
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None  # importing it is an ImportError
 del os.sched_getaffinity
-sys.platform = "win32"
 import speed, mkd, segkc
 for script in (speed, mkd, segkc):
     script.parse_args([])
