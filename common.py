@@ -593,8 +593,8 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     g = p.add_argument_group("network")
     g.add_argument("--backbone", choices=BACKBONES, help="encoder")
     g.add_argument("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
-    g.add_argument("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: DINOv2")
-    g.add_argument("--output-stride", type=int, choices=(8, 16), default=16, help="CNN: pixels")
+    g.add_argument("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: ViT")
+    g.add_argument("--output-stride", type=int, choices=(8, 16), default=16, help="of a CNN")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=STEPS, help="passes over the unlabelled images")
     g.add_argument("--iters", type=STEPS, help="steps; overrides --epochs")
@@ -610,7 +610,7 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     g.add_argument("--compile", action="store_true", help="torch.compile the networks")
     g.add_argument("--seed", type=COUNT, default=0, help="of weights, batches and augmentation")
     g = p.add_argument_group("evaluation and output")
-    g.add_argument("--eval-mode", choices=("whole", "slide"), default="whole", help="image at once")
+    g.add_argument("--eval-mode", choices=("whole", "slide"), default="whole", help="or windows")
     g.add_argument("--eval-every", type=STEPS, help="steps between evaluations; unset: an epoch")
     g.add_argument("--save-every", type=STEPS, help="steps between saves; unset: --eval-every")
     g.add_argument("--log-every", type=STEPS, default=20, help="steps between log lines")
@@ -625,7 +625,8 @@ def make_parser(script: str, description: str) -> ArgumentParser:
 
 def parse(p: ArgumentParser, argv: list[str] | None, **method: dict) -> Namespace:
     """Parses in two goes: data set and backbone choose presets, `method` overrides them by name."""
-    first = p.parse_known_args(argv)[0]
+    words = sys.argv[1:] if argv is None else argv  # --help waits for the presets
+    first = p.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
     saved = load_checkpoint(first.test_only) if first.test_only else {}
     name = first.dataset or saved.get("dataset")
     if first.test_only and name not in tuple(data.PRESETS):
@@ -663,9 +664,8 @@ def settle(args: Namespace, split: data.Split, world: int, device: torch.device)
     args.save_every = args.save_every or args.eval_every
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else min(4, os.cpu_count())
-    if args.amp is None:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-        args.amp = "bf16" if bf16 else "off"
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    args.amp = args.amp or ("bf16" if bf16 else "off")
     if args.out is None:
         method = args.method + ("-labeled" if args.labeled_only else "")
         where = "folder-" + args.root.resolve().name if args.dataset == "folder" else args.dataset

@@ -866,7 +866,7 @@ def add_flags(group: argparse._ActionsContainer) -> None:
     """The flags of a data set and its split, for a parser or a group of it."""
     group.add_argument("--dataset", choices=tuple(PRESETS), help="unset: VOC at --root, or shapes")
     group.add_argument("--root", type=Path, default=ROOT, help="folder of the data set")
-    group.add_argument("--protocol", choices=PROTOCOLS, default="classic", help="VOC's labelled")
+    group.add_argument("--protocol", choices=PROTOCOLS, default="classic", help="VOC's masks")
     group.add_argument("--split", default="1/16", help="labelled: share, full, count, list folder")
     group.add_argument("--split-seed", type=COUNT, default=0, help="draws a share or count")
 

@@ -77,6 +77,12 @@ FIELD = {  # the field's protocols
 }
 
 
+def test_help_has_the_defaults_of_the_data_set(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        speed.parse_args("--dataset cityscapes --help".split())
+    assert "(default: 801)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("argv", FIELD)
 @OVER_SCRIPTS
 def test_presets_are_the_fields(script, argv):

@@ -164,9 +164,6 @@ def test_weak_view_is_a_crop_of_the_scaled_image(size, crop, scale):
     assert flips == {False, True}
 
 
-# --------------------------------------------------------------------------- boxes
-
-
 def test_cutmix_box():
     """Guards: an area drawn anew with each shape that does not fit, so that large ones are rare."""
     n, crop = 6000, 1000  # whole pixels change the area by 1 % at most
