@@ -80,7 +80,7 @@ FIELD = {  # the field's protocols
 def test_help_has_the_defaults_of_the_data_set(capsys):
     with pytest.raises(SystemExit, match="0"):
         speed.parse_args("--dataset cityscapes --help".split())
-    assert "(default: 801)" in capsys.readouterr().out
+    assert "(default: 801)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("argv", FIELD)
