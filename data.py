@@ -55,7 +55,7 @@ SHAPES_CLASSES = "background ringed_disk checkered_square striped_triangle dotte
 SHAPES_CLASSES += ["grained_cross"]
 ROOT = Path("data")  # default of --root
 SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE, BUILT_IN = 512, 128, 96, Path("built in")
-VAL_PIXELS = 2**21  # of a val batch
+VAL_IMAGES, VAL_PIXELS = 16, 2**21  # of a val batch, at most
 PROTOCOLS = ("classic", "blended", "priority")
 
 # fmt: off
@@ -659,17 +659,17 @@ class ValBatches(Dataset):
 
     image [b, H, W, 3] uint8, label [b, H, W] uint8, both padded at the right and bottom (label 255)
     to the smallest size congruent to `crop` modulo `grid`: aligned corners then put cells as in a
-    training crop. size [(height, width)] before padding, id [b]. At most `most` images, VAL_PIXELS.
+    training crop. size [(height, width)] before padding, id [b]. VAL_IMAGES, VAL_PIXELS bound it.
     """
 
-    def __init__(self, items: list[Item], num_classes: int, grid: int, crop=0, most=16) -> None:
+    def __init__(self, items: list[Item], num_classes: int, grid: int, crop: int = 0) -> None:
         self.items, self.num_classes, self.grid, self.crop = items, num_classes, grid, crop
         buckets: dict[tuple[int, int], list[Item]] = {}
         for item in items:
             buckets.setdefault(self.padded(_size(item)), []).append(item)
         self.batches = []
         for (h, w), members in buckets.items():
-            n = max(1, min(most, VAL_PIXELS // (h * w)))
+            n = max(1, min(VAL_IMAGES, VAL_PIXELS // (h * w)))
             self.batches += [members[i : i + n] for i in range(0, len(members), n)]
 
     def padded(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -153,8 +153,10 @@ def segkc_step(
     batch: dict,
     ramp: float,
 ) -> dict[str, Tensor]:
-    """The losses of a step, "loss" the total. `nets` has junior and senior; `model` is the Pair of
-    them, in DDP if there are ranks."""
+    """The losses of a step, "loss" the total.
+
+    `nets` has junior and senior; `model` is the Pair of them, in DDP if there are ranks.
+    """
     # Views: x labelled; u weak; u_mix = CutMix(u1) (step 2)
     x = data.normalize(batch["x"])
     y = batch["y"]
