@@ -227,8 +227,7 @@ class Segmenter(nn.Module):
         self.layout = torch.contiguous_format
         vit = backbone in DINOV2
         self.backbone = DINOv2(backbone) if vit else CNN(backbone, output_stride)
-        low = self.backbone.channels[0]
-        deep = self.backbone.channels[-1]
+        low, *_, deep = self.backbone.channels
         if decoder == "dpt":
             self.decoder = DPTDecoder(deep)
             width = DPT_WIDTHS[deep][1]
@@ -398,11 +397,13 @@ def average_buffers(nets: Iterable[nn.Module]) -> None:
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """[B, H, W] to [B, h, w] = [B, *size]: cell i reads pixel round(i (H - 1) / (h - 1))."""
-    for dim, cells in ((1, size[0]), (2, size[1])):
-        gaps = max(1, cells - 1)
-        twice = torch.arange(cells, device=mask.device) * 2 * (mask.shape[dim] - 1)
-        mask = mask.index_select(dim, (twice + gaps) // (2 * gaps))
-    return mask
+    mask = mask.index_select(1, _nearest(mask.shape[1], size[0], mask.device))
+    return mask.index_select(2, _nearest(mask.shape[2], size[1], mask.device))
+
+
+@functools.cache  # some ten operations less in a step
+def _nearest(pixels: int, cells: int, device: torch.device) -> Tensor:
+    return (torch.arange(cells, device=device) * 2 * (pixels - 1) // max(1, cells - 1) + 1) // 2
 
 
 def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
@@ -529,8 +530,7 @@ def test(args: Namespace, device: torch.device) -> None:
     if net.config["backbone"] in DINOV2 and args.crop_size % PATCH:
         raise InputError(f"--crop-size {args.crop_size}: a DINOv2 needs a multiple of {PATCH}")
     if args.predict:
-        predict_pictures(net, args)
-        return
+        predict_pictures(net, args)  # ends the program
     source = data.load_source(args.dataset, args.root)
     if source.classes != classes:
         what = f"its classes {classes} are not {source.classes}; give its own data set"
@@ -654,8 +654,9 @@ def parse(p: ArgumentParser, argv: list[str] | None, **method: dict) -> Namespac
 def settle(args: Namespace, split: data.Split, world: int, device: torch.device) -> None:
     """Fills the flags left open and refuses what cannot work; InputError names the flag."""
     if args.batch_size % (2 * world):
-        what = f"--batch-size {args.batch_size} on {world} ranks"
-        raise InputError(f"{what}: CutMix pairs images; give a multiple of {2 * world}")
+        raise InputError(
+            f"--batch-size {args.batch_size}: give a multiple of {2 * world}, for CutMix"
+        )
     if len(split.unlabeled) < 2 and not args.labeled_only:
         raise InputError(f"--split {args.split}: under 2 unlabelled images; give --labeled-only")
     epoch = max(1, len(split.unlabeled or split.labeled) // args.batch_size)
@@ -710,9 +711,8 @@ def resume(args: Namespace, split: data.Split, state: dict[str, object]) -> int:
     """Loads latest.pt into `state`, returns its step, else 0. InputError if its run was another."""
     latest = args.out / "latest.pt"
     again = "give another --out, or --overwrite"
-    # --overwrite is for the first attempt alone: torchrun's restarts go on
     if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return 0
+        return 0  # the first attempt alone: torchrun's restarts go on
     if not latest.exists():
         if (args.out / "best.pt").exists() and not args.overwrite:
             raise InputError(f"{args.out}: holds best.pt, but no latest.pt to go on from; {again}")

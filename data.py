@@ -544,12 +544,21 @@ def cutmix_box(crop: int, r: Generator) -> tuple[int, int, int, int]:
             return top, left, top + h, left + w
 
 
+def rect_masks(rects: list[tuple[int, int, int, int]], crop: int) -> Tensor:
+    """Rectangles (top, left, bottom, right) as [len(rects), crop, crop] bool, True inside."""
+    masks = torch.zeros(len(rects), crop, crop, dtype=torch.bool)
+    for mask, (top, left, bottom, right) in zip(masks, rects, strict=True):
+        mask[top:bottom, left:right] = True
+    return masks
+
+
 class TrainBatches(Dataset):
     """One rank's share of the global batch of a step; the step is the index.
 
-    x [b, H, W, 3] uint8, y [b, H, W] uint8, x_rect [b, R], x_id; unless labeled_only u, u_rect,
-    u_id alike, `strong` [V, b, 6] (strong_params), `box` [V, b, R] (cutmix_box) and the `order` of
-    the four jitter ops. `step` and `positions` in the global batch say which samples these are.
+    x [b, H, W, 3] uint8, y [b, H, W] uint8, x_valid [b, H, W] (True on image), x_id; unless
+    labeled_only u, u_valid, u_id alike, `strong` [V, b, 6] (strong_params), `cutmix` [V, b, H, W]
+    (True where a view is to be its partner's) and the `order` of the four jitter ops. `step` and
+    `positions` in the global batch say which samples these are.
     """
 
     def __init__(self, split: Split, args: argparse.Namespace, rank=0, world=1) -> None:
@@ -564,9 +573,9 @@ class TrainBatches(Dataset):
             self.views(batch, "u", self.pick(self.split.unlabeled, "unlabeled", step))
             crop = self.args.crop_size
             strong = [[strong_params(r) for r in self.rngs(f"strong{v}", step)] for v in (1, 2)]
-            boxes = [[cutmix_box(crop, r) for r in self.rngs(f"box{v}", step)] for v in (1, 2)]
+            boxes = [cutmix_box(crop, r) for v in (1, 2) for r in self.rngs(f"box{v}", step)]
             batch["strong"] = torch.tensor(strong, dtype=torch.float32)
-            batch["box"] = torch.tensor(boxes)
+            batch["cutmix"] = rect_masks(boxes, crop).unflatten(0, (2, -1))
             batch["order"] = rng(self.args.seed, "order", step).permutation(4).tolist()
         return batch
 
@@ -591,7 +600,7 @@ class TrainBatches(Dataset):
         batch[name] = torch.from_numpy(np.stack([view for view, _, _ in views]))
         if name == "x":
             batch["y"] = torch.from_numpy(np.stack([label for _, label, _ in views]))
-        batch[f"{name}_rect"] = torch.tensor([rect for _, _, rect in views])
+        batch[f"{name}_valid"] = rect_masks([rect for _, _, rect in views], self.args.crop_size)
         batch[f"{name}_id"] = [item.id for item in items]
 
 
@@ -636,10 +645,9 @@ def train_batches(
 ) -> Iterator[dict]:
     """Yields this rank's TrainBatches from step `start` on, on the device.
 
-    x and u are [b, 3, H, W] float in [0, 1], y is int64. Bool masks of the rectangles: x_valid and
-    u_valid [b, H, W], True on image; cutmix [V, b, H, W], True where a view is to be its partner's.
+    x and u are [b, 3, H, W] float in [0, 1], y is int64.
     """
-    dataset, crop = TrainBatches(split, args, rank, world), args.crop_size
+    dataset = TrainBatches(split, args, rank, world)
     for batch in _loaded(dataset, range(start, args.iters), args.workers, device):
         for name, value in batch.items():
             if isinstance(value, Tensor):
@@ -647,10 +655,6 @@ def train_batches(
         batch["y"] = batch["y"].long()
         for name in ("x",) if args.labeled_only else ("x", "u"):
             batch[name] = batch[name].permute(0, 3, 1, 2).float() / 255  # channels_last in memory
-            batch[f"{name}_valid"] = rect_mask(batch[f"{name}_rect"], crop, crop)
-        if not args.labeled_only:
-            inside = rect_mask(batch["box"].flatten(0, 1), crop, crop)
-            batch["cutmix"] = inside.unflatten(0, batch["box"].shape[:2])
         yield batch
 
 
@@ -712,7 +716,7 @@ def check_shared_memory(args: argparse.Namespace, ranks: int, split: Split) -> N
     if args.workers == 0 or not os.path.isdir("/dev/shm"):
         return
     width, height = _size(split.val[0])
-    need = args.batch_size // ranks * args.crop_size**2 * 7  # bytes a pixel: x, u 3 each, y 1
+    need = args.batch_size // ranks * args.crop_size**2 * 11  # bytes a pixel: x, u 3 each, masks 5
     need += 4 * max(width * height, min(VAL_PIXELS, 16 * width * height))
     need = (need + 2**16) * (2 * args.workers + 1) * ranks  # two a worker wait
     free = shutil.disk_usage("/dev/shm").free
@@ -723,14 +727,6 @@ def check_shared_memory(args: argparse.Namespace, ranks: int, split: Split) -> N
 
 
 # --------------------------------------------------------------------------- on the device
-
-
-def rect_mask(rect: Tensor, height: int, width: int) -> Tensor:
-    """[B, R] rectangles (top, left, bottom, right) as [B, H, W] bool, True inside."""
-    row = torch.arange(height, device=rect.device)[None, :, None]
-    col = torch.arange(width, device=rect.device)[None, None, :]
-    top, left, bottom, right = rect[:, :, None, None].unbind(1)  # [B, 1, 1] each
-    return (row >= top) & (row < bottom) & (col >= left) & (col < right)
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -770,12 +766,11 @@ def _grey(x: Tensor) -> Tensor:
 
 def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue of x [B, 3, H, W] by `shift` [B, 1, 1, 1] of a circle; value, chroma stay."""
-    red, green, blue = x.split(1, 1)
-    value = x.amax(1, keepdim=True)
+    value, largest = x.max(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
-    c = chroma.clamp_min(1e-12)
-    sector = torch.where(value == green, 2 + (blue - red) / c, 4 + (red - green) / c)
-    sector = torch.where(value == red, (green - blue) / c, sector)
+    # sector 0: green - blue, at value red; 2: blue - red, at green; 4: red - green, at blue
+    rise = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, largest) / chroma.clamp_min(1e-12)
+    sector = rise + 2 * largest
     # a circle is 6 sectors; a channel is at value for 2, falls for 1, at value - chroma for 2
     k = (sector + 6 * shift + _channels((5.0, 3.0, 1.0), x.device)) % 6  # [B, 3, H, W]
     return value - chroma * (2 - (k - 2).abs()).clamp(0, 1)

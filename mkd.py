@@ -36,6 +36,8 @@ import data
 from common import masked_mean
 from data import SHARE, WEIGHT
 
+AUGMENTED = {"all": 4, "students": 2, "none": 0}  # networks of --fa, of S1, S2, T1, T2
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and MKD's own. Weights are the released config's, but on shapes."""
@@ -45,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--lambda-st", type=WEIGHT, default=1.5, help="weight of L_st, by the teachers")
     g.add_argument("--lambda-ss", type=WEIGHT, default=1.0, help="weight of L_ss, of the students")
     g.add_argument("--threshold-ss", type=SHARE, default=0.0, help="tau of L_ss, between students")
-    g.add_argument("--fa", choices=("all", "students", "none"), default="all", help="whose logits")
+    g.add_argument("--fa", choices=AUGMENTED, default="all", help="whose logits")
     g.add_argument("--lambda0", type=WEIGHT, default=1.5, help="strength of --fa at the end")
     g.add_argument("--keep-padding", action="store_true", help="padding takes part, as released")
     g.add_argument("--teacher-mode", choices=("train", "eval"), default="train", help="batch norm")
@@ -94,10 +96,13 @@ def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
     return boxes
 
 
-def mix_mask(boxes: Tensor, crop: int) -> Tensor:
-    """M [B, H, W] (step 4): boxes [B, 3, 4] XORed onto zeros; False is the partner's pixel."""
-    inside = data.rect_mask(boxes.flatten(0, 1), crop, crop).unflatten(0, (-1, 3))  # [B, 3, H, W]
-    return inside.sum(1) % 2 == 1
+def mix_mask(boxes: list[list[list[int]]], crop: int) -> Tensor:
+    """M [B, H, W] (step 4): three boxes an image XORed onto zeros; False is the partner's pixel."""
+    M = torch.zeros(len(boxes), crop, crop, dtype=torch.bool)
+    for mask, three in zip(M, boxes, strict=True):
+        for top, left, bottom, right in three:
+            mask[top:bottom, left:right] ^= True
+    return M
 
 
 def partner(values: Tensor) -> Tensor:
@@ -117,38 +122,39 @@ def mix(values: Tensor, M: Tensor) -> Tensor:
 
 
 class ClassStatistics(nn.Module):
-    """Running mean mu_c, diagonal covariance Sigma_c [C, A] of the classifier's input (step 8).
+    """Running mean mu_c, diagonal covariance Sigma_c [G, C, A] of G networks' features (step 8).
 
     After each update they are the exact mean and population variance, per class, of all pixels seen
     so far on all ranks. Buffers, so the checkpoint has them.
     """
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, networks: int, num_classes: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros(num_classes, dtype=torch.float64))  # N_c
-        self.register_buffer("mean", torch.zeros(num_classes, width))  # mu_c
-        self.register_buffer("var", torch.zeros(num_classes, width))  # Sigma_c
+        count = torch.zeros(networks, num_classes, 1, dtype=torch.float64)
+        self.register_buffer("count", count)  # N_c
+        self.register_buffer("mean", torch.zeros(networks, num_classes, width))  # mu_c
+        self.register_buffer("var", torch.zeros(networks, num_classes, width))  # Sigma_c
 
     @torch.no_grad()
     def update(self, f: Tensor, label: Tensor) -> None:
-        """Takes in pixels f [B, A, h2, w2] under their class label [B, h2, w2]; 255 is left out."""
-        f = f.flatten(2).transpose(1, 2).to(self.mean.dtype)  # [B, h2 w2, A]
-        classes = torch.arange(len(self.count), device=f.device)
-        member = (label.flatten(1)[:, None] == classes[:, None]).to(f.dtype)  # [B, C, h2 w2]
-        # n_c [C, 1], mu^_c, sigma^2_c of the batch over all ranks; two passes: E f^2 - mean^2 would
-        # lose all digits where the mean is much larger than the deviation
-        counts = member.sum((0, 2))[:, None]
-        sums = common.rank_sum(torch.cat([counts, (member @ f).sum(0)], 1))  # [C, 1 + A]
-        n = sums[:, :1]
-        mean = sums[:, 1:] / n.clamp_min(1)
-        deviation = f - member.transpose(1, 2) @ mean  # [B, h2 w2, A]
-        var = common.rank_sum((member @ deviation.square()).sum(0)) / n.clamp_min(1)
+        """Takes in pixels f [G, B, A, h2, w2] of class label [G, B, h2, w2]; 255 is left out."""
+        f = f.flatten(3).transpose(2, 3).to(self.mean.dtype)  # [G, B, h2 w2, A]
+        classes = torch.arange(self.count.shape[1], device=f.device)
+        member = (label.flatten(2)[:, :, None] == classes[:, None]).to(f.dtype)  # [G, B, C, h2 w2]
+        # n_c [G, C, 1], mu^_c, sigma^2_c of the batch over all ranks; two passes: E f^2 - mean^2
+        # would lose all digits where the mean is much larger than the deviation
+        counts = member.sum((1, 3))[:, :, None]
+        sums = common.rank_sum(torch.cat([counts, (member @ f).sum(1)], 2))  # [G, C, 1 + A]
+        n = sums[:, :, :1]
+        mean = sums[:, :, 1:] / n.clamp_min(1)
+        deviation = f - member.transpose(2, 3) @ mean[:, None]  # [G, B, h2 w2, A]
+        var = common.rank_sum((member @ deviation.square()).sum(1)) / n.clamp_min(1)
         # w_c = n_c / (n_c + N_c);  mu <- (1-w) mu + w mean
         # Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2
-        w = (n / (n + self.count[:, None]).clamp_min(1)).to(mean.dtype)
-        self.var.copy_((1 - w) * self.var + w * var + w * (1 - w) * (self.mean - mean).square())
-        self.mean.copy_((1 - w) * self.mean + w * mean)
-        self.count.add_(n[:, 0])
+        w = (n / (n + self.count).clamp_min(1)).to(mean.dtype)
+        self.var.lerp_(var, w).add_(w * (1 - w) * (self.mean - mean).square())
+        self.mean.lerp_(mean, w)
+        self.count.add_(n)
 
 
 def halve(maps: Tensor) -> Tensor:
@@ -156,38 +162,29 @@ def halve(maps: Tensor) -> Tensor:
     return F.avg_pool2d(maps, 2, ceil_mode=True)
 
 
+def own_label(z: Tensor, y: Tensor, valid: Tensor) -> Tensor:
+    """Class of a pixel [G, B, h2, w2] of z [G, B, C, h2, w2] (step 7).
+
+    The first images are labelled, y [B_x, h2, w2]; pixels of the others have the class that z
+    itself says. 255 where y is, and where it is not valid [B, h2, w2].
+    """
+    own = z.detach().argmax(2)
+    own[:, : len(y)] = y
+    return own.where(valid, data.IGNORE)
+
+
 def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:
     """z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a for pixels of class y = label.
 
-    z [B, C, h2, w2], label [B, h2, w2]; W [C, A] and Sigma [C, A] are constants. The sum is a table
-    K[y, c], looked up per pixel, zero for 255.
+    z [G, B, C, h2, w2], label [G, B, h2, w2]; W and Sigma [G, C, A] are constants. The sum is a
+    table K[y, c] of each network, looked up per pixel, zero for 255.
     """
-    W = weight.detach().flatten(1).float()  # [C, A]
-    squared = (W[None] - W[:, None]).square()  # (W_ca - W_ya)^2 at [y, c, a]
-    K = 0.5 * strength * (squared * var[:, None]).sum(2)  # [C, C]
+    W = weight.detach()
+    squared = (W[:, None] - W[:, :, None]).square()  # (W_ca - W_ya)^2 at [G, y, c, a]
+    K = 0.5 * strength * (squared * var[:, :, None]).sum(3)  # [G, C, C]
     K = F.pad(K, (0, 0, 0, 1))  # a row of zeros for 255
-    return z + K[label.clamp_max(len(W))].permute(0, 3, 1, 2)
-
-
-def augmented_logits(
-    net: nn.Module,
-    stats: ClassStatistics,
-    z: Tensor,
-    f: Tensor,
-    y: Tensor,
-    valid: Tensor,
-    strength: float,
-) -> Tensor:
-    """z~ of a network (steps 7 to 10): updates its statistics with f, then augments z.
-
-    z [B, C, h2, w2]; f [B, A, h, w] becomes 2x2 means like z. The first images are labelled,
-    y [B_x, h2, w2]; pixels of the others have the class that z itself says; what is not
-    valid [B, h2, w2] takes no part.
-    """
-    own = z[len(y) :].detach().argmax(1)
-    label = torch.cat([y, own]).where(valid, data.IGNORE)
-    stats.update(halve(f.detach().float()), label)
-    return augment(z, label, net.classifier.weight, stats.var, strength)
+    network = torch.arange(len(W), device=z.device)[:, None, None, None]
+    return z + K[network, label.clamp_max(W.shape[1])].permute(0, 1, 4, 2, 3)
 
 
 def pseudo_ce(log_p: Tensor, label: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
@@ -215,7 +212,7 @@ class Students(nn.Module):
 def mkd_step(
     args: argparse.Namespace,
     nets: dict[str, nn.Module],
-    stats: nn.ModuleDict,
+    stats: ClassStatistics,
     model: nn.Module,
     autocast: functools.partial,
     batch: dict,
@@ -223,8 +220,8 @@ def mkd_step(
 ) -> dict[str, Tensor]:
     """The losses of a step, "loss" the total; updates the teachers and the statistics.
 
-    `nets` and `stats` have student1, student2, teacher1, teacher2. `model` is Students of the first
-    two, in DDP if there are ranks.
+    `nets` has student1, student2, teacher1, teacher2; `stats` those of --fa, in this order. `model`
+    is Students of the first two, in DDP if there are ranks.
     """
     # Views (steps 2, 4): x labelled; u weak; u_mix = M * u1 + (1 - M) * u1[pi]
     x = data.normalize(batch["x"])
@@ -237,7 +234,7 @@ def mkd_step(
     boxes = [
         draw_boxes(crop, data.rng(args.seed, "mkd", batch["step"], p)) for p in batch["positions"]
     ]
-    M = mix_mask(data.to_device(torch.tensor(boxes), u.device), crop)  # [B, H, W]
+    M = data.to_device(mix_mask(boxes, crop), u.device)  # [B, H, W]
     u_mix = mix(u1, M)
 
     with torch.no_grad():
@@ -268,11 +265,9 @@ def mkd_step(
     loss_sup1 = common.supervised_loss(z_x1, y, args.sup_loss, args.ohem_share)
     loss_sup2 = common.supervised_loss(z_x2, y, args.sup_loss, args.ohem_share)
 
-    # The rest, labelled and unlabelled together, at half of the stride-4 resolution (step 6)
-    half_s1 = halve(z_s1)  # [B, C, h2, w2]
-    half_s2 = halve(z_s2)
-    half_t1 = halve(z_t1)
-    half_t2 = halve(z_t2)
+    # The rest, labelled and unlabelled together, at half of the stride-4 resolution (step 6);
+    # S1, S2, T1, T2 lie along the first dimension
+    z = torch.stack([halve(z_s1), halve(z_s2), halve(z_t1), halve(z_t2)])  # [4, B, C, h2, w2]
     size = z_s1.shape[-2:]
     half_y = common.resize_mask(y, size)[:, ::2, ::2]
     valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], M)])
@@ -283,31 +278,25 @@ def mkd_step(
     # z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a of each network (steps 7 to 10),
     # lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
-    shared = (half_y, valid, strength)  # by all four networks
-    aug_s1 = half_s1
-    aug_s2 = half_s2
-    aug_t1 = half_t1
-    aug_t2 = half_t2
-    if args.fa in ("all", "students"):
-        aug_s1 = augmented_logits(nets["student1"], stats["student1"], half_s1, f_s1, *shared)
-        aug_s2 = augmented_logits(nets["student2"], stats["student2"], half_s2, f_s2, *shared)
-    if args.fa == "all":
-        aug_t1 = augmented_logits(nets["teacher1"], stats["teacher1"], half_t1, f_t1, *shared)
-        aug_t2 = augmented_logits(nets["teacher2"], stats["teacher2"], half_t2, f_t2, *shared)
+    aug = z
+    G = AUGMENTED[args.fa]
+    if G > 0:
+        f = [halve(f.float()) for f in (f_s1.detach(), f_s2.detach(), f_t1, f_t2)[:G]]
+        W = [net.classifier.weight.flatten(1) for net in nets.values()][:G]  # [C, A]
+        label = own_label(z[:G], half_y, valid)
+        stats.update(torch.stack(f), label)
+        aug = augment(z[:G], label, torch.stack(W), stats.var, strength)
+        aug = torch.cat([aug, z[G:]])
 
     # Targets (step 11): argmax z~, kept where the confidence of z is enough
-    label_s1 = aug_s1.detach().argmax(1)
-    label_s2 = aug_s2.detach().argmax(1)
-    label_t1 = aug_t1.argmax(1)
-    label_t2 = aug_t2.argmax(1)
-    keep_s1 = half_s1.detach().softmax(1).amax(1) >= args.threshold_ss
-    keep_s2 = half_s2.detach().softmax(1).amax(1) >= args.threshold_ss
-    keep_t1 = half_t1.softmax(1).amax(1) >= args.threshold
-    keep_t2 = half_t2.softmax(1).amax(1) >= args.threshold
+    label_s1, label_s2, label_t1, label_t2 = aug.detach().argmax(2)
+    confidence = z.detach().softmax(2).amax(2)  # [4, B, h2, w2]
+    keep_s1, keep_s2 = confidence[:2] >= args.threshold_ss
+    keep_t1, keep_t2 = confidence[2:] >= args.threshold
 
     # L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1): from the other student's teacher (step 12)
-    log_s1 = aug_s1.log_softmax(1)
-    log_s2 = aug_s2.log_softmax(1)
+    log_s1 = aug[0].log_softmax(1)
+    log_s2 = aug[1].log_softmax(1)
     loss_st1 = pseudo_ce(log_s1, label_t2, keep_t2, valid)
     loss_st2 = pseudo_ce(log_s2, label_t1, keep_t1, valid)
     loss_st = loss_st1 + loss_st2
@@ -375,8 +364,7 @@ def main(argv: list[str] | None = None) -> None:
             for part in net.children():  # not the whole: `parts` and `forward` share them
                 part.compile()
     width = student_1.classifier.in_channels
-    stats = nn.ModuleDict({name: ClassStatistics(len(split.classes), width) for name in nets})
-    stats = stats.to(device)
+    stats = ClassStatistics(AUGMENTED[args.fa], len(split.classes), width).to(device)
     model = Students(student_1, student_2)
     if dist.is_initialized():
         ids = [device] if device.type == "cuda" else None

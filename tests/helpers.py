@@ -75,9 +75,15 @@ def find_seed(args: object, boxes: bool = True, seeds: Iterable[int] = range(100
         first = batches[0]
         padded = all(not first[f"{k}_valid"].all() for k in "xu")
         # all boxes are the notes' (of 2 % or more) or empty
-        if padded and (not boxes or all((b[:, 2] > b[:, 0]).any() for b in first["box"])):
+        if padded and (not boxes or first["cutmix"].flatten(1).any(1).all()):
             return batches
     raise AssertionError("no seed has padding and boxes")
+
+
+def boxes_of(args: object, batch: dict, view: int) -> Tensor:
+    """The CutMix boxes [B, 4] of a view, 0 or 1, drawn once more."""
+    draws = (data.rng(args.seed, f"box{view + 1}", batch["step"], p) for p in batch["positions"])
+    return torch.tensor([data.cutmix_box(args.crop_size, r) for r in draws])
 
 
 def network(name: str) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 import torchvision.datasets
 import torchvision.transforms.functional as TF
 from datasets import VOC_TRAIN, VOC_VAL, batch_args, blobs, make_folder, make_pascal, noise, save
+from helpers import boxes_of
 from PIL import Image
 
 import data
@@ -523,7 +524,7 @@ def test_ranks_share_one_global_batch(folder, world):
         for rank in range(world):
             want, rows = {"step": step, "order": whole["order"]}, slice(rank * n, (rank + 1) * n)
             for name in whole.keys() - want.keys():
-                views = name in ("strong", "box")
+                views = name in ("strong", "cutmix")
                 want[name] = whole[name][:, rows] if views else whole[name][rows]
             assert same(data.TrainBatches(split, args, rank, world)[step], want)
 
@@ -533,7 +534,7 @@ def test_steps_and_seeds_differ(folder):
     streams = [data.TrainBatches(split, batch_args(seed=seed)) for seed in (0, 1)]
     for a, b in itertools.combinations([stream[k] for stream in streams for k in (0, 1)], 2):
         assert (a["x_id"], a["u_id"]) != (b["x_id"], b["u_id"])
-        assert not any(torch.equal(a[name], b[name]) for name in "x y u strong box".split())
+        assert not any(torch.equal(a[name], b[name]) for name in "x y u strong cutmix".split())
     orders = {tuple(streams[0][step]["order"]) for step in range(12)}
     assert len(orders) > 4
     assert all(sorted(o) == [0, 1, 2, 3] for o in orders)
@@ -541,8 +542,8 @@ def test_steps_and_seeds_differ(folder):
 
 def test_the_two_views_and_the_images_of_a_batch_differ(folder):
     batch = data.TrainBatches(split_of(folder), batch_args(batch_size=8))[0]
-    for name in ("strong", "box"):
-        rows = [tuple(r) for r in batch[name].flatten(0, 1).tolist() if any(r[:4])]
+    for name in ("strong", "cutmix"):
+        rows = [tuple(r) for r in batch[name].flatten(2).flatten(0, 1).tolist() if any(r)]
         rows = [r for r in rows if r[:4] != (1, 1, 1, 0)]
         assert len(rows) > 4
         assert len(set(rows)) == len(rows)
@@ -566,19 +567,18 @@ def test_what_reaches_the_device(folder):
     for name in ("x", "u"):
         assert batch[name].dtype == torch.float32
         assert torch.equal(batch[name], raw[name].permute(0, 3, 1, 2).float() / 255)
-        rects = zip(raw[f"{name}_rect"].tolist(), batch[f"{name}_valid"], strict=True)
-        for (top, left, bottom, right), valid in rects:
-            assert valid.sum() == (bottom - top) * (right - left)
-            assert valid[top:bottom, left:right].all()
+        image = (raw[name] != torch.tensor(data.FILL)).any(3)  # no pixel of noise is the filling
+        assert torch.equal(batch[f"{name}_valid"], image)
     assert batch["y"].dtype == torch.int64
     assert torch.equal(batch["y"], raw["y"].long())
     assert (batch["y"][~batch["x_valid"]] == 255).all()
-    assert raw["box"].any()
-    for box, cutmix in zip(raw["box"].flatten(0, 1), batch["cutmix"].flatten(0, 1), strict=True):
-        top, left, bottom, right = box.tolist()
-        inside = torch.zeros(32, 32, dtype=torch.bool)
-        inside[top:bottom, left:right] = True
-        assert torch.equal(cutmix, inside)
+    assert raw["cutmix"].any()
+    for view, masks in enumerate(batch["cutmix"]):
+        boxes = boxes_of(args, raw, view)
+        for mask, (top, left, bottom, right) in zip(masks, boxes, strict=True):
+            inside = torch.zeros(32, 32, dtype=torch.bool)
+            inside[top:bottom, left:right] = True
+            assert torch.equal(mask, inside)
     padded = data.normalize(batch["x"]).permute(0, 2, 3, 1)[~batch["x_valid"]]
     assert len(padded) > 0
     assert padded.abs().max() < 0.02  # padding is zero for the network
@@ -589,7 +589,7 @@ def test_without_unlabelled_images_the_labelled_batches_are_the_same(folder):
     full = next(data.train_batches(split, args, 0, 1, 2, CPU))
     args.labeled_only = True
     alone = next(data.train_batches(split, args, 0, 1, 2, CPU))
-    assert alone.keys() == set("step positions x y x_rect x_id x_valid".split())
+    assert alone.keys() == set("step positions x y x_id x_valid".split())
     assert same(alone, {k: full[k] for k in alone})
 
 

@@ -93,15 +93,13 @@ def xored(boxes: Tensor, crop: int) -> Tensor:
 
 
 def test_mix_mask_is_the_xor_of_three_boxes():
-    boxes = torch.tensor(
-        [
-            [[0, 0, 4, 4], [2, 2, 6, 6], [3, 3, 5, 8]],  # once, twice and thrice covered pixels
-            [[0, 0, 8, 8], [0, 0, 8, 8], [1, 2, 3, 4]],
-            [[0, 0, 0, 0], [5, 5, 5, 8], [7, 7, 8, 8]],
-        ]
-    )
+    boxes = [
+        [[0, 0, 4, 4], [2, 2, 6, 6], [3, 3, 5, 8]],  # once, twice and thrice covered pixels
+        [[0, 0, 8, 8], [0, 0, 8, 8], [1, 2, 3, 4]],
+        [[0, 0, 0, 0], [5, 5, 5, 8], [7, 7, 8, 8]],
+    ]
     m = mkd.mix_mask(boxes, 8)
-    assert torch.equal(m, xored(boxes, 8))
+    assert torch.equal(m, xored(torch.tensor(boxes), 8))
     assert m[0, 3, 3], "three boxes meet here"
     assert not m[0, 2, 2], "two boxes meet here"
     assert m[1].sum() == 4
@@ -131,17 +129,21 @@ def all_pixels(batches: list[tuple[Tensor, Tensor]], c: int) -> np.ndarray:
 
 
 def check_statistics(stats: mkd.ClassStatistics, seen: list, rtol: float = 1e-10):
-    for c in range(5):
-        x = all_pixels(seen, c)
-        assert stats.count[c] == len(x)
+    """`seen` has a list of batches for each network."""
+    for g, c in np.ndindex(len(seen), 5):
+        x = all_pixels(seen[g], c)
+        assert stats.count[g, c] == len(x)
         mean, var = (x.mean(0), x.var(0)) if len(x) else (np.zeros(7), np.zeros(7))
-        np.testing.assert_allclose(stats.mean[c], mean, rtol=rtol, atol=1e-12)
-        np.testing.assert_allclose(stats.var[c], var, rtol=rtol, atol=1e-12)
+        np.testing.assert_allclose(stats.mean[g, c], mean, rtol=rtol, atol=1e-12)
+        np.testing.assert_allclose(stats.var[g, c], var, rtol=rtol, atol=1e-12)
 
 
 def test_statistics_are_those_of_all_pixels_so_far():
-    """Class 3 comes late, 1 skips an update, 4 never comes, and an update is all 255."""
-    stats, seen = mkd.ClassStatistics(5, 7).double(), []
+    """Class 3 comes late, 1 skips an update, 4 never comes, and an update is all 255.
+
+    A second network has other features and, where it sees anything, other classes.
+    """
+    stats, seen = mkd.ClassStatistics(2, 5, 7).double(), [[], []]
     for k in range(5):
         f = h.draw(2 + 2 * (k % 2), 7, 3, 4, seed=10 + k, scale=1 + k) + k  # means move
         label = drawn_labels(len(f), 3, 4, classes=4, seed=20 + k)
@@ -149,21 +151,24 @@ def test_statistics_are_those_of_all_pixels_so_far():
         label[(label == 1) & torch.tensor(k == 1)] = 2
         if k == 2:
             label[:] = 255
-        stats.update(f, label)
-        seen.append((f, label))
+        other = h.draw(*f.shape, seed=30 + k), torch.where(label == 0, 2, label)
+        stats.update(torch.stack([f, other[0]]), torch.stack([label, other[1]]))
+        seen[0].append((f, label))
+        seen[1].append(other)
         check_statistics(stats, seen)
-    assert len(all_pixels(seen[:2], 3)) == len(all_pixels(seen, 4)) == 0, "no class was absent"
-    assert len(all_pixels(seen, 3)) > 5
+    first = seen[0]
+    assert len(all_pixels(first[:2], 3)) == len(all_pixels(first, 4)) == 0, "no class was absent"
+    assert len(all_pixels(first, 3)) > 5
 
 
 def test_statistics_far_from_zero():
     """Two hundred updates in float32; E f^2 - mean^2 has no digit left at 10^4 deviations."""
-    stats, seen = mkd.ClassStatistics(5, 7), []
+    stats, seen = mkd.ClassStatistics(1, 5, 7), []
     for k in range(200):
         f = (2000 + h.draw(2, 7, 4, 4, seed=k) / 10).float()
         seen.append((f.double(), drawn_labels(2, 4, 4, classes=4, seed=k)))
-        stats.update(f, seen[-1][1])
-    check_statistics(stats, seen, rtol=2e-3)
+        stats.update(f[None], seen[-1][1][None])
+    check_statistics(stats, [seen], rtol=2e-3)
 
 
 # ------------------------------------------------------------------------------- augmentation
@@ -184,18 +189,19 @@ def augmented_directly(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, la
 @pytest.mark.parametrize("kind", ["mixed", "one class", "all ignored"])
 def test_augment_is_the_direct_formula(strength: float, kind: str):
     """Also d CE(z~, t) / dz = softmax(z~) - onehot(t): W and Sigma are constants."""
-    z, var = h.draw(2, 5, 3, 4).requires_grad_(), h.draw(5, 7, seed=4).abs().requires_grad_()
-    weight = h.draw(5, 7, 1, 1, seed=3).float().double().requires_grad_()  # exact in float32
-    label = drawn_labels(2, 3, 4, classes=5)
+    z, var = h.draw(3, 2, 5, 3, 4).requires_grad_(), h.draw(3, 5, 7, seed=4).abs()
+    weight = h.draw(3, 5, 7, seed=3).requires_grad_()
+    label = torch.stack([drawn_labels(2, 3, 4, classes=5, seed=k) for k in range(3)])
     label = {"mixed": label, "one class": 0 * label + 4, "all ignored": 0 * label + 255}[kind]
-    found = mkd.augment(z, label, weight, var.detach(), strength)
-    mine = augmented_directly(z, label, weight, var, strength).detach()
-    torch.testing.assert_close(found.detach(), mine, rtol=1e-6, atol=1e-6)
-    assert torch.equal((found != z).any(1), (label != 255) & (strength > 0))
-    t = drawn_labels(2, 3, 4, classes=5, seed=9, ignored=0)
-    nn.functional.cross_entropy(found, t, reduction="sum").backward()
-    onehot = torch.zeros_like(z).scatter_(1, t[:, None], 1.0)
-    torch.testing.assert_close(z.grad, mine.softmax(1) - onehot, rtol=1e-6, atol=1e-6)
+    found = mkd.augment(z, label, weight, var, strength)
+    each = zip(z, label, weight, var, strict=True)
+    mine = torch.stack([augmented_directly(*one, strength) for one in each]).detach()
+    torch.testing.assert_close(found.detach(), mine)
+    assert torch.equal((found != z).any(2), (label != 255) & (strength > 0))
+    t = drawn_labels(2, 3, 4, classes=5, seed=9, ignored=0).expand(3, -1, -1, -1)
+    nn.functional.cross_entropy(found.flatten(0, 1), t.flatten(0, 1), reduction="sum").backward()
+    onehot = torch.zeros_like(z).scatter_(2, t[:, :, None], 1.0)
+    torch.testing.assert_close(z.grad, mine.softmax(2) - onehot)
     assert weight.grad is None
 
 
@@ -211,7 +217,7 @@ def half(z: Tensor) -> Tensor:
     return out
 
 
-def tiny_step(surest: str = "", **changes: object) -> tuple[dict, nn.ModuleDict, dict]:
+def tiny_step(surest: str = "", **changes: object) -> tuple[dict, mkd.ClassStatistics, dict]:
     """mkd_step, the last of fifty, on tiny networks: the networks, the statistics and the terms.
 
     Network `surest` has a constant, certain prediction, all others an even one.
@@ -222,30 +228,38 @@ def tiny_step(surest: str = "", **changes: object) -> tuple[dict, nn.ModuleDict,
         for name, net in nets.items():
             nn.init.zeros_(net.classifier.weight)
             net.classifier.bias.data = torch.tensor([0.0, 0, 0, 90 * (name == surest)])
-    stats = nn.ModuleDict({name: mkd.ClassStatistics(4, 16) for name in nets})
     flags = dict(crop_size=32, seed=0, iters=50, ema=1.0, teacher_mode="train", keep_padding=False)
     flags |= dict(sup_loss="ce", ohem_share=0.1, lambda0=1.5, fa="all")
     flags |= dict(lambda_st=1.5, lambda_ss=1.0, threshold=0.0, threshold_ss=0.0)
     args = SimpleNamespace(**(flags | changes))
+    stats = mkd.ClassStatistics(mkd.AUGMENTED[args.fa], 4, 16)
     model = mkd.Students(nets["student1"], nets["student2"])
     batch = h.tiny_batch() | dict(step=49)
     return nets, stats, mkd.mkd_step(args, nets, stats, model, h.NO_AMP, batch, 1.0)
 
 
-@pytest.mark.parametrize("fa", ["all", "students", "none"])
-def test_each_network_is_augmented_by_its_own_weight_and_statistics(fa: str, monkeypatch):
-    augmented, original = {}, mkd.augmented_logits
+@pytest.mark.parametrize(("fa", "count"), [("all", 4), ("students", 2), ("none", 0)])
+def test_each_network_is_augmented_by_its_own_weight_and_statistics(fa, count, monkeypatch):
+    found, original = [], mkd.augment
 
-    def record(net: nn.Module, stats: nn.Module, z: Tensor, f: Tensor, *more: object) -> Tensor:
-        # mixing and means commute with a 1x1 convolution: only the own weight makes z from f
-        torch.testing.assert_close(net.classifier(half(f)), z, rtol=1e-4, atol=1e-5)
-        augmented[net] = stats
-        return original(net, stats, z, f, *more)
+    def record(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:
+        found.append((z, weight, var))
+        return original(z, label, weight, var, strength)
 
-    monkeypatch.setattr(mkd, "augmented_logits", record)
+    fed, update = [], mkd.ClassStatistics.update
+    monkeypatch.setattr(mkd, "augment", record)
+    monkeypatch.setattr(
+        mkd.ClassStatistics, "update", lambda s, f, label: fed.append(f) or update(s, f, label)
+    )
     nets, stats, _ = tiny_step(fa=fa)
-    names = list(nets)[: {"all": 4, "students": 2, "none": 0}[fa]]
-    assert augmented == {nets[name]: stats[name] for name in names}
+    assert len(stats.var) == count
+    assert len(found) == len(fed) == (count > 0)
+    for k, (name, f) in enumerate(zip(list(nets)[:count], fed[0] if fed else [], strict=True)):
+        z, weight, var = found[0]
+        assert torch.equal(weight[k], nets[name].classifier.weight.flatten(1))
+        assert torch.equal(var[k], stats.var[k])
+        # mixing and means commute with a 1x1 convolution: only the own weight makes z from f
+        torch.testing.assert_close(nets[name].classifier(f), z[k], rtol=1e-4, atol=1e-5)
 
 
 def test_who_learns_from_whom():
@@ -372,10 +386,11 @@ def test_first_steps_recomputed(variant: str, tmp_path, monkeypatch):
     h.assert_same_terms(lines, mine, args.amp)
     for name, net in nets.items():
         h.assert_same_update(begin[name], net.state_dict(), latest[name])
-    for name, pixels in zip(nets, seen, strict=True):
-        x = [all_pixels(pixels, c) if pixels else np.zeros((0, 256)) for c in range(6)]
+    stats = latest["stats"]
+    seen = [pixels for pixels in seen if pixels]  # those of --fa
+    for pixels, count, found in zip(seen, stats["count"], stats["var"], strict=True):
+        x = [all_pixels(pixels, c) for c in range(6)]
         var = np.stack([len(a) * a.var(0) if len(a) else np.zeros(256) for a in x])
-        count, found = (latest["stats"][f"{name}.{k}"].numpy() for k in ("count", "var"))
         assert count.sum() == sum(map(len, x))
-        apart = np.linalg.norm(count[:, None] * found - var)
+        apart = np.linalg.norm((count * found).numpy() - var)
         assert apart <= 0.05 * np.linalg.norm(var)

@@ -74,7 +74,7 @@ def test_ranks_and_workers_share_the_global_batch(world, workers, root):
             elif isinstance(value, list):
                 assert sum(mine, []) == value, name
             else:
-                dim = 1 if name in ("strong", "box", "cutmix") else 0  # [V, B, ...]
+                dim = 1 if name in ("strong", "cutmix") else 0  # [V, B, ...]
                 assert torch.cat(mine, dim).equal(value), name
     assert one[0]["positions"] == [*range(8)]
     assert len({tuple(batch["x_id"]) for batch in one}) > 1
@@ -126,7 +126,7 @@ def step_on(root: Path, script: str, more: str) -> dict:
     whole, step, parts = nets[0], procs.speed.speed_step, [nets[0]]
     if script == "mkd":
         names = ("student1", "student2", "teacher1", "teacher2")
-        stats = nn.ModuleDict({name: mkd.ClassStatistics(3, 16) for name in names})
+        stats = mkd.ClassStatistics(4, 3, 16)
         nets[2].requires_grad_(False)
         nets[3].requires_grad_(False)
         parts = [dict(zip(names, nets, strict=True)), stats]

@@ -116,7 +116,7 @@ def two_steps(
     for step, batch in enumerate(batches):
         x, u, y = h.standardized(batch["x"]), h.standardized(batch["u"]), batch["y"]
         u1 = h.standardized(data.strong_views(batch["u"], batch["strong"][:1], batch["order"])[0])
-        box = batch["box"][0]
+        box = h.boxes_of(args, batch, 0)
         u_mix, valid_u = h.pasted(u1, box, swap), h.pasted(batch["u_valid"], box, swap)
         valid, n = torch.cat([batch["x_valid"], valid_u]), int(valid_u.sum())
         targets = []  # of the senior, of the junior

@@ -183,7 +183,7 @@ def two_steps(
         x, y, valid = h.standardized(batch["x"]), batch["y"], batch["u_valid"]
         u = h.standardized(batch["u"])
         strong = data.strong_views(batch["u"], batch["strong"], batch["order"])
-        boxes = batch["box"] if args.host_cutmix else torch.zeros_like(batch["box"])
+        boxes = torch.stack([h.boxes_of(args, batch, v) for v in (0, 1)]) * args.host_cutmix
         views = [h.pasted(h.standardized(s), b, swap) for s, b in zip(strong, boxes, strict=True)]
 
         net.eval()  # step 2
