@@ -384,7 +384,7 @@ def rank_sum(t: Tensor) -> Tensor:
 
 def rank_mean(t: Tensor) -> Tensor:
     """Mean over ranks, no gradient: what a loss divides its sum by, as DDP averages gradients."""
-    return rank_sum(t) / rank_world()[1]
+    return rank_sum(t) / rank_world()[1] if dist.is_initialized() else t.detach()
 
 
 def average_buffers(nets: Iterable[nn.Module]) -> None:

@@ -546,10 +546,10 @@ def cutmix_box(crop: int, r: Generator) -> tuple[int, int, int, int]:
 
 def rect_masks(rects: list[tuple[int, int, int, int]], crop: int) -> Tensor:
     """Rectangles (top, left, bottom, right) as [len(rects), crop, crop] bool, True inside."""
-    masks = torch.zeros(len(rects), crop, crop, dtype=torch.bool)
+    masks = np.zeros((len(rects), crop, crop), bool)
     for mask, (top, left, bottom, right) in zip(masks, rects, strict=True):
         mask[top:bottom, left:right] = True
-    return masks
+    return torch.from_numpy(masks)
 
 
 class TrainBatches(Dataset):

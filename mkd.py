@@ -98,11 +98,11 @@ def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
 
 def mix_mask(boxes: list[list[list[int]]], crop: int) -> Tensor:
     """M [B, H, W] (step 4): three boxes an image XORed onto zeros; False is the partner's pixel."""
-    M = torch.zeros(len(boxes), crop, crop, dtype=torch.bool)
+    M = np.zeros((len(boxes), crop, crop), bool)
     for mask, three in zip(M, boxes, strict=True):
         for top, left, bottom, right in three:
             mask[top:bottom, left:right] ^= True
-    return M
+    return torch.from_numpy(M)
 
 
 def partner(values: Tensor) -> Tensor:

@@ -187,18 +187,18 @@ def segkc_step(
 
     # Forward with gradient on cat(x, u_mix) (step 3)
     with autocast():
-        out_s, out_j = model(torch.cat([x, u_mix]))
-    z_s, f_s, g_s = out_s
-    z_j, f_j, g_j = out_j
+        (z_s, f_s, g_s), (z_j, f_j, g_j) = model(torch.cat([x, u_mix]))
+    z_xs, z_us = z_s.split(n_x)  # one operation backwards, two slices would be three
+    z_xj, z_uj = z_j.split(n_x)
 
     # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
-    sup_s = common.supervised_loss(z_s[:n_x], y, args.sup_loss, args.ohem_share)
-    sup_j = common.supervised_loss(z_j[:n_x], y, args.sup_loss, args.ohem_share)
+    sup_s = common.supervised_loss(z_xs, y, args.sup_loss, args.ohem_share)
+    sup_j = common.supervised_loss(z_xj, y, args.sup_loss, args.ohem_share)
     loss_sup = 0.5 * (sup_s + sup_j)
 
     # L_cps = 1/2 [masked_mean(CE(z_S, y_hat_J), c_J >= tau) + the same of z_J and S] (step 5)
-    cps_s = cps_loss(z_s[n_x:], label_j, keep_j, valid_u)
-    cps_j = cps_loss(z_j[n_x:], label_s, keep_s, valid_u)
+    cps_s = cps_loss(z_us, label_j, keep_j, valid_u)
+    cps_j = cps_loss(z_uj, label_s, keep_s, valid_u)
     loss_cps = 0.5 * (cps_s + cps_j)
 
     # L_j2s = d(g_S(f_S), sg f_J); L_s2j = d(g_J(f_J), sg f_S) (step 6)
@@ -210,7 +210,7 @@ def segkc_step(
         loss_s2j = consultation(g_j, f_s, valid)
 
     # L_kd = KL(sg p_S || p_J) on u_mix (step 7)
-    loss_kd = distillation(z_s[n_x:], z_j[n_x:], valid_u, args.temperature)
+    loss_kd = distillation(z_us, z_uj, valid_u, args.temperature)
 
     # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd (step 8)
     loss_feat = (loss_j2s + loss_s2j) / 2

@@ -147,8 +147,8 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, temperature: float 
     f = F.normalize(f.flatten(2), dim=1)  # [2B, A, N]
     s = f.transpose(1, 2) @ f / temperature
     s = s.masked_fill(~cells.repeat(2, 1)[:, None], -1e4)
-    log_s = s.log_softmax(2)  # [2B, N, N]
-    kl = kl_divergence(log_s[: len(f_t)], log_s[len(f_t) :], 2)  # [B, N]
+    log_s_t, log_s_m = s.log_softmax(2).split(len(f_t))  # [B, N, N] each
+    kl = kl_divergence(log_s_t, log_s_m, 2)  # [B, N]
     return masked_mean(kl, cells, cells)
 
 
@@ -218,8 +218,7 @@ def speed_step(
     # One forward with gradient (step 6): z_x, z_m, f_m
     with autocast():
         z, f, _ = model(torch.cat([x, m]), features=True)
-    z_x = z[: len(x)]
-    z_m = z[len(x) :]
+    z_x, z_m = z.split(len(x))  # one operation backwards, two slices would be three
     f_m = f[len(x) :]
 
     # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)
