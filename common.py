@@ -654,9 +654,8 @@ def parse(p: ArgumentParser, argv: list[str] | None, **method: dict) -> Namespac
 def settle(args: Namespace, split: data.Split, world: int, device: torch.device) -> None:
     """Fills the flags left open and refuses what cannot work; InputError names the flag."""
     if args.batch_size % (2 * world):
-        raise InputError(
-            f"--batch-size {args.batch_size}: give a multiple of {2 * world}, for CutMix"
-        )
+        what = f"--batch-size {args.batch_size} on {world} ranks"
+        raise InputError(f"{what}: CutMix pairs images; give a multiple of {2 * world}")
     if len(split.unlabeled) < 2 and not args.labeled_only:
         raise InputError(f"--split {args.split}: under 2 unlabelled images; give --labeled-only")
     epoch = max(1, len(split.unlabeled or split.labeled) // args.batch_size)

@@ -221,7 +221,7 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "strange data set": (put("best.pt", {"dataset": ["x"]}), TEST, "best.pt | give"),
     "predictions of a run": (nothing, "--save-predictions {tmp}/p", "--predict | --test-only CKPT"),
     "pictures, no network": (nothing, "--predict {tmp}", "--predict | --test-only CKPT"),
-    "odd batch": (nothing, "--batch-size 3", "--batch-size 3: CutMix | multiple of 2"),
+    "odd batch": (nothing, "--batch-size 3", "--batch-size 3 on 1 ranks | multiple of 2"),
     "crop too small": (nothing, "--crop-size 31", "--crop-size 31 | 32 or more"),
     "crop off the patches": (nothing, VIT_64, "--crop-size 64 | DINOv2: 42, 56"),
     "DPT on a CNN": (nothing, "--decoder dpt", "--decoder dpt | resnet18 | use deeplab"),
