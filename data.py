@@ -2,10 +2,10 @@
 
 A training batch is a pure function of (seed, step, position in the global batch): any number of
 workers or ranks, and any step to start from, gives the same pixels. Workers decode, scale, crop and
-flip, and ship uint8; the strong colour views are made batched on the device (`strong_views`).
+flip, and ship bytes; the strong colour views are made batched on the device (`strong_views`).
 
-Dimension key: B images, C classes, H and W pixels, V = 2 strong views, R = 4 edges of a rectangle
-(top, left, bottom, right). Labels are class ids, 255 = ignore.
+Dimension key: B images (b of a rank), C classes, H and W pixels, V = 2 strong views. Labels are
+class ids, 255 = ignore.
 
     python data.py --dataset pascal --root data --download      # fetch VOC 2012 and SBD
     python data.py --dataset folder --root my_data              # check every file, list all faults
@@ -555,10 +555,10 @@ def rect_masks(rects: list[tuple[int, int, int, int]], crop: int) -> Tensor:
 class TrainBatches(Dataset):
     """One rank's share of the global batch of a step; the step is the index.
 
-    x [b, H, W, 3] uint8, y [b, H, W] uint8, x_valid [b, H, W] (True on image), x_id; unless
+    x [b, H, W, 3] uint8, y [b, H, W] uint8, x_valid [b, H, W] bool (True on image), x_id; unless
     labeled_only u, u_valid, u_id alike, `strong` [V, b, 6] (strong_params), `cutmix` [V, b, H, W]
-    (True where a view is to be its partner's) and the `order` of the four jitter ops. `step` and
-    `positions` in the global batch say which samples these are.
+    bool (True where a view is to be its partner's) and the `order` of the four jitter ops. `step`
+    and `positions` in the global batch say which samples these are.
     """
 
     def __init__(self, split: Split, args: argparse.Namespace, rank=0, world=1) -> None:
@@ -716,7 +716,8 @@ def check_shared_memory(args: argparse.Namespace, ranks: int, split: Split) -> N
     if args.workers == 0 or not os.path.isdir("/dev/shm"):
         return
     width, height = _size(split.val[0])
-    need = args.batch_size // ranks * args.crop_size**2 * 11  # bytes a pixel: x, u 3 each, masks 5
+    # bytes a pixel: x 3, y 1, x_valid 1; u 3, u_valid 1, cutmix 2
+    need = args.batch_size // ranks * args.crop_size**2 * (5 if args.labeled_only else 11)
     need += 4 * max(width * height, min(VAL_PIXELS, 16 * width * height))
     need = (need + 2**16) * (2 * args.workers + 1) * ranks  # two a worker wait
     free = shutil.disk_usage("/dev/shm").free
@@ -766,9 +767,9 @@ def _grey(x: Tensor) -> Tensor:
 
 def _adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue of x [B, 3, H, W] by `shift` [B, 1, 1, 1] of a circle; value, chroma stay."""
-    value, largest = x.max(1, keepdim=True)
+    value, largest = x.max(1, keepdim=True)  # largest: 0 red, 1 green, 2 blue
     chroma = value - x.amin(1, keepdim=True)
-    # sector 0: green - blue, at value red; 2: blue - red, at green; 4: red - green, at blue
+    # red: green - blue, from sector 0; green: blue - red, from 2; blue: red - green, from 4
     rise = (x.roll(-1, 1) - x.roll(-2, 1)).gather(1, largest) / chroma.clamp_min(1e-12)
     sector = rise + 2 * largest
     # a circle is 6 sectors; a channel is at value for 2, falls for 1, at value - chroma for 2

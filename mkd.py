@@ -7,10 +7,10 @@ around each pixel's feature, with its class's running covariance, would do to th
 
     L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
 
-Dimension key: B images of this rank, C classes, H W pixels, h w cells of the stride-4 map, h2 w2 of
-its 2x2 means, A = 256 channels of the classifier's input. x, y labelled; u weak and u1 strong view
-of an unlabelled crop; z logits, aug = z~ augmented logits, f features; suffixes _s1 _s2 students,
-_t1 _t2 teachers.
+Dimension key: B images of this rank, C classes, G augmented networks (--fa), H W pixels, h w cells
+of the stride-4 map, h2 w2 of its 2x2 means (half_), A = 256 channels of the classifier's input.
+x, y labelled; u weak and u1 strong view of an unlabelled crop; z logits, aug = z~ augmented logits,
+f features; suffixes _s1 _s2 students, _t1 _t2 teachers.
 
     torchrun --nproc_per_node=4 mkd.py --split 1/16 --batch-size 16      # or python mkd.py
 
@@ -36,7 +36,7 @@ import data
 from common import masked_mean
 from data import SHARE, WEIGHT
 
-AUGMENTED = {"all": 4, "students": 2, "none": 0}  # networks of --fa, of S1, S2, T1, T2
+AUGMENTED = {"all": 4, "students": 2, "none": 0}  # --fa: G, the first of S1, S2, T1, T2
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -131,7 +131,7 @@ class ClassStatistics(nn.Module):
     def __init__(self, networks: int, num_classes: int, width: int) -> None:
         super().__init__()
         count = torch.zeros(networks, num_classes, 1, dtype=torch.float64)
-        self.register_buffer("count", count)  # N_c
+        self.register_buffer("count", count)  # N_c [G, C, 1]
         self.register_buffer("mean", torch.zeros(networks, num_classes, width))  # mu_c
         self.register_buffer("var", torch.zeros(networks, num_classes, width))  # Sigma_c
 
@@ -150,7 +150,7 @@ class ClassStatistics(nn.Module):
         deviation = f - member.transpose(2, 3) @ mean[:, None]  # [G, B, h2 w2, A]
         var = common.rank_sum((member @ deviation.square()).sum(1)) / n.clamp_min(1)
         # w_c = n_c / (n_c + N_c);  mu <- (1-w) mu + w mean
-        # Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2
+        # Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2;  lerp(a, b, w) = (1-w) a + w b
         w = (n / (n + self.count).clamp_min(1)).to(mean.dtype)
         self.var.lerp_(var, w).add_(w * (1 - w) * (self.mean - mean).square())
         self.mean.lerp_(mean, w)
@@ -162,7 +162,7 @@ def halve(maps: Tensor) -> Tensor:
     return F.avg_pool2d(maps, 2, ceil_mode=True)
 
 
-def own_label(z: Tensor, y: Tensor, valid: Tensor) -> Tensor:
+def class_of(z: Tensor, y: Tensor, valid: Tensor) -> Tensor:
     """Class of a pixel [G, B, h2, w2] of z [G, B, C, h2, w2] (step 7).
 
     The first images are labelled, y [B_x, h2, w2]; pixels of the others have the class that z
@@ -174,7 +174,7 @@ def own_label(z: Tensor, y: Tensor, valid: Tensor) -> Tensor:
 
 
 def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:
-    """z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a for pixels of class y = label.
+    """z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a for pixels of class y (step 10).
 
     z [G, B, C, h2, w2], label [G, B, h2, w2]; W and Sigma [G, C, A] are constants. The sum is a
     table K[y, c] of each network, looked up per pixel, zero for 255.
@@ -220,8 +220,8 @@ def mkd_step(
 ) -> dict[str, Tensor]:
     """The losses of a step, "loss" the total; updates the teachers and the statistics.
 
-    `nets` has student1, student2, teacher1, teacher2; `stats` those of --fa, in this order. `model`
-    is Students of the first two, in DDP if there are ranks.
+    `nets` has student1, student2, teacher1, teacher2; `stats` is of the first G of them (--fa).
+    `model` is Students of the first two, in DDP if there are ranks.
     """
     # Views (steps 2, 4): x labelled; u weak; u_mix = M * u1 + (1 - M) * u1[pi]
     x = data.normalize(batch["x"])
@@ -253,9 +253,7 @@ def mkd_step(
 
     # Students see x and u_mix (step 4)
     with autocast():
-        out_s1, out_s2 = model(torch.cat([x, u_mix]))
-    z_s1, f_s1, _ = out_s1
-    z_s2, f_s2, _ = out_s2
+        (z_s1, f_s1, _), (z_s2, f_s2, _) = model(torch.cat([x, u_mix]))
     z_s1 = z_s1.float()
     z_s2 = z_s2.float()
 
@@ -267,7 +265,7 @@ def mkd_step(
 
     # The rest, labelled and unlabelled together, at half of the stride-4 resolution (step 6);
     # S1, S2, T1, T2 lie along the first dimension
-    z = torch.stack([halve(z_s1), halve(z_s2), halve(z_t1), halve(z_t2)])  # [4, B, C, h2, w2]
+    half_z = torch.stack([halve(z) for z in (z_s1, z_s2, z_t1, z_t2)])  # [4, B, C, h2, w2]
     size = z_s1.shape[-2:]
     half_y = common.resize_mask(y, size)[:, ::2, ::2]
     valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], M)])
@@ -278,25 +276,24 @@ def mkd_step(
     # z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a of each network (steps 7 to 10),
     # lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
-    aug = z
+    aug = half_z
     G = AUGMENTED[args.fa]
     if G > 0:
-        f = [halve(f.float()) for f in (f_s1.detach(), f_s2.detach(), f_t1, f_t2)[:G]]
-        W = [net.classifier.weight.flatten(1) for net in nets.values()][:G]  # [C, A]
-        label = own_label(z[:G], half_y, valid)
-        stats.update(torch.stack(f), label)
-        aug = augment(z[:G], label, torch.stack(W), stats.var, strength)
-        aug = torch.cat([aug, z[G:]])
+        features = (f_s1.detach(), f_s2.detach(), f_t1, f_t2)[:G]
+        half_f = torch.stack([halve(f.float()) for f in features])  # [G, B, A, h2, w2]
+        W = torch.stack([net.classifier.weight.flatten(1) for net in nets.values()][:G])
+        own = class_of(half_z[:G], half_y, valid)
+        stats.update(half_f, own)
+        aug = torch.cat([augment(half_z[:G], own, W, stats.var, strength), half_z[G:]])
 
     # Targets (step 11): argmax z~, kept where the confidence of z is enough
     label_s1, label_s2, label_t1, label_t2 = aug.detach().argmax(2)
-    confidence = z.detach().softmax(2).amax(2)  # [4, B, h2, w2]
+    confidence = half_z.detach().softmax(2).amax(2)  # [4, B, h2, w2]
     keep_s1, keep_s2 = confidence[:2] >= args.threshold_ss
     keep_t1, keep_t2 = confidence[2:] >= args.threshold
 
     # L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1): from the other student's teacher (step 12)
-    log_s1 = aug[0].log_softmax(1)
-    log_s2 = aug[1].log_softmax(1)
+    log_s1, log_s2 = aug[:2].log_softmax(2)  # [B, C, h2, w2] each
     loss_st1 = pseudo_ce(log_s1, label_t2, keep_t2, valid)
     loss_st2 = pseudo_ce(log_s2, label_t1, keep_t1, valid)
     loss_st = loss_st1 + loss_st2

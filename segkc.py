@@ -188,7 +188,7 @@ def segkc_step(
     # Forward with gradient on cat(x, u_mix) (step 3)
     with autocast():
         (z_s, f_s, g_s), (z_j, f_j, g_j) = model(torch.cat([x, u_mix]))
-    z_xs, z_us = z_s.split(n_x)  # one operation backwards, two slices would be three
+    z_xs, z_us = z_s.split(n_x)  # split: one operation backwards, not three
     z_xj, z_uj = z_j.split(n_x)
 
     # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)

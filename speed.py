@@ -75,11 +75,12 @@ def cutmix(values: Tensor, box: Tensor) -> Tensor:
 
 def entropy(z: Tensor) -> Tensor:
     """H = -sum_k p_k log p_k of logits [B, C, H, W]: [B, H, W] (step 4)."""
-    return torch.special.entr(z.softmax(1)).sum(1)
+    log_p = z.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1)
 
 
-@functools.cache  # some twenty operations less in a step
-def cells_of(pixels: int, n: int, device: torch.device) -> Tensor:
+@functools.cache  # made once, not in each step
+def in_cell(pixels: int, n: int, device: torch.device) -> Tensor:
     """[n, pixels]: 1 where a row or column lies in a cell, of n with edges floor(i pixels / n)."""
     cell = (torch.arange(pixels, device=device) * n + n - 1) // pixels
     return (cell == torch.arange(n, device=device)[:, None]).float()
@@ -90,8 +91,8 @@ def cell_mean(values: Tensor, valid: Tensor, n: int) -> Tensor:
 
     PAD_ENTROPY where a cell holds no image.
     """
-    rows = cells_of(values.shape[1], n, values.device)  # [n, H]
-    columns = cells_of(values.shape[2], n, values.device)  # [n, W]
+    rows = in_cell(values.shape[1], n, values.device)  # [n, H]
+    columns = in_cell(values.shape[2], n, values.device)  # [n, W]
     total = rows @ (values * valid) @ columns.T
     count = rows @ valid.float() @ columns.T
     return torch.where(count > 0, total / count.clamp_min(1), PAD_ENTROPY)
@@ -99,8 +100,8 @@ def cell_mean(values: Tensor, valid: Tensor, n: int) -> Tensor:
 
 def cells_to_pixels(cells: Tensor, height: int, width: int) -> Tensor:
     """Spreads cells [B, n, n] float over pixels [B, H, W]."""
-    rows = cells_of(height, cells.shape[1], cells.device)
-    columns = cells_of(width, cells.shape[2], cells.device)
+    rows = in_cell(height, cells.shape[1], cells.device)
+    columns = in_cell(width, cells.shape[2], cells.device)
     return rows.T @ cells @ columns
 
 
@@ -112,7 +113,7 @@ def pick_view(h_1: Tensor, h_2: Tensor, pick: str, coin: Tensor | None = None) -
     """
     higher = h_2 > h_1
     if pick == "max":
-        return higher  # and not the empty one: PAD_ENTROPY is the lower
+        return higher  # an empty cell has PAD_ENTROPY, the lower, and is not taken
     second = h_2 < h_1 if pick == "min" else coin < 0.5
     empty = (h_1 < 0) | (h_2 < 0)
     return torch.where(empty, higher, second)
@@ -142,14 +143,14 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, temperature: float 
     """
     pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # cells: 4; ViT 1, DPT 9
     share = F.interpolate(valid_m[:, None].float(), f_m.shape[-2:], mode="area")
-    cells = F.avg_pool2d(share, pool, ceil_mode=True).flatten(1) > 0.5  # [B, N]
+    keep = F.avg_pool2d(share, pool, ceil_mode=True).flatten(1) > 0.5  # [B, N]
     f = F.avg_pool2d(torch.cat([f_t, f_m]).float(), pool, ceil_mode=True)
     f = F.normalize(f.flatten(2), dim=1)  # [2B, A, N]
     s = f.transpose(1, 2) @ f / temperature
-    s = s.masked_fill(~cells.repeat(2, 1)[:, None], -1e4)
+    s = s.masked_fill(~keep.repeat(2, 1)[:, None], -1e4)
     log_s_t, log_s_m = s.log_softmax(2).split(len(f_t))  # [B, N, N] each
     kl = kl_divergence(log_s_t, log_s_m, 2)  # [B, N]
-    return masked_mean(kl, cells, cells)
+    return masked_mean(kl, keep, keep)
 
 
 # ----------------------------------------------------------------------------------- training
@@ -172,12 +173,12 @@ def speed_step(
     box = batch["cutmix"].flatten(0, 1)  # [2B, H, W]: for u1, then for u2
     if not args.host_cutmix:
         box = torch.zeros_like(box)
+    strong = data.strong_views(batch["u"], batch["strong"], batch["order"])  # [2, B, 3, H, W]
+    # [2B, 3, H, W]: u1, then u2; B is even, so partners share a view
+    u12 = cutmix(data.normalize(strong.flatten(0, 1)), box)
+    u1, u2 = u12.split(len(u))
     box_1 = box[: len(u)]
     box_2 = box[len(u) :]
-    strong = data.strong_views(batch["u"], batch["strong"], batch["order"])  # [2, B, 3, H, W]
-    u12 = cutmix(data.normalize(strong.flatten(0, 1)), box)  # B is even: partners share a view
-    u1 = u12[: len(u)]
-    u2 = u12[len(u) :]
 
     with torch.no_grad():
         # Predictions (step 2), in eval mode: z_u, f_u = net(u); z_1 = net(u1); z_2 = net(u2)
@@ -218,7 +219,7 @@ def speed_step(
     # One forward with gradient (step 6): z_x, z_m, f_m
     with autocast():
         z, f, _ = model(torch.cat([x, m]), features=True)
-    z_x, z_m = z.split(len(x))  # one operation backwards, two slices would be three
+    z_x, z_m = z.split(len(x))  # split: one operation backwards, not three
     f_m = f[len(x) :]
 
     # L_x = CE(z_x, y); L_u = masked_mean(CE(z_m, y_hat_m), c_m >= tau and valid_m) (step 7)

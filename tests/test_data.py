@@ -236,8 +236,7 @@ def test_published_counts(protocol, split, of, labeled, fine):
         assert abs(share / labeled - p) < 5 * (p * (1 - p) / labeled) ** 0.5
     else:
         assert share == fine
-    for word in (source.name, f"{labeled} labelled", f"{len(made.unlabeled)} unlabelled"):
-        assert word in made.line
+    assert f"{labeled} labelled, {len(made.unlabeled)} unlabelled" in made.line
     assert made.hash in made.line
     assert (protocol in made.line) == (source.name == "pascal")
 

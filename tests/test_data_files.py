@@ -344,6 +344,9 @@ def test_shared_memory(tmp_path, monkeypatch, ranks):
     line = refusal(data.check_shared_memory, args, ranks, split)
     assert line.startswith(f"/dev/shm has {need / 2**20:.1f} MB free, the workers' batches take")
     assert "--workers 0, or start the container by docker run --shm-size 1g" in line
+    args.labeled_only = True  # x alone: 5 of 11 bytes
+    usage.free = (8 // ranks * 321**2 * 5 + 16 * 48 * 40 * 4 + 2**16) * 13 * ranks
+    data.check_shared_memory(args, ranks, split)
     data.check_shared_memory(batch_args(crop_size=321, batch_size=8), ranks, split)  # no workers
     monkeypatch.setattr(os.path, "isdir", lambda path: False)  # not Linux
     data.check_shared_memory(args, ranks, split)

@@ -70,7 +70,10 @@ def test_entropy_of_certain_and_of_even_predictions():
     z = torch.zeros(1, 7, 4, 4, dtype=torch.float64)
     z[:, 2, :, :2] = 1000.0
     even = pytest.approx(math.log(7))
-    assert speed.entropy(z)[0].tolist() == [[0.0, 0.0, even, even]] * 4
+    found = speed.entropy(z.requires_grad_())
+    assert found[0].tolist() == [[0.0, 0.0, even, even]] * 4
+    found.sum().backward()
+    assert z.grad.isfinite().all()  # p log p has no slope at 0
 
 
 def test_pick_view():
