@@ -47,18 +47,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--lambda-st", type=WEIGHT, default=1.5, help="weight of L_st, by the teachers")
     g.add_argument("--lambda-ss", type=WEIGHT, default=1.0, help="weight of L_ss, of the students")
     g.add_argument("--threshold-ss", type=SHARE, default=0.0, help="tau of L_ss, between students")
-    g.add_argument("--fa", choices=AUGMENTED, default="all", help="whose logits")
+    g.add_argument("--fa", choices=AUGMENTED, default="students", help="whose logits")
     g.add_argument("--lambda0", type=WEIGHT, default=1.5, help="strength of --fa at the end")
     g.add_argument("--keep-padding", action="store_true", help="padding takes part, as released")
-    g.add_argument("--teacher-mode", choices=("train", "eval"), default="train", help="batch norm")
-    # From scratch a network's own batch is a poor normaliser, most first labels are wrong, and the
-    # augmentation took more than it gave in pilot runs.
-    shapes = dict(teacher_mode="eval", fa="none", threshold=0.95, threshold_ss=0.95)
+    g.add_argument("--teacher-mode", choices=("train", "eval"), default="eval", help="batch norm")
+    # From scratch most first labels are wrong, and the augmentation took more than it gave.
+    shapes = dict(fa="none", threshold=0.95, threshold_ss=0.95)
     shapes.update(batch_size=4, lr=2e-3, epochs=4)
     args = common.parse(p, argv, all=dict(threshold=0.0), shapes=shapes)
     if args.fa == "all" and args.teacher_mode == "eval":  # Sigma keeps every step's features
         why = "features by running statistics explode at first"
-        raise data.InputError(f"--fa all (default): {why}; --teacher-mode train or --fa students")
+        raise data.InputError(f"--fa all: {why}; give --teacher-mode train, too")
     return args
 
 

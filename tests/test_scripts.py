@@ -117,8 +117,8 @@ def test_the_flags_default_to_the_notes_values():
     values = dict(threshold=0.95, lambda_u=1.0, alpha=1.0, beta=1.0, temperature=1.0)
     values |= dict(grid=4, pick="max", entropy_mix=True, host_cutmix=True, feature_temperature=0.1)
     check = {speed: values}
-    check[mkd] = dict(ema=0.6, lambda_st=1.5, lambda_ss=1.0, lambda0=1.5, fa="all", threshold=0.0)
-    check[mkd] |= dict(threshold_ss=0.0, keep_padding=False, teacher_mode="train")
+    check[mkd] = dict(ema=0.6, lambda_st=1.5, lambda_ss=1.0, lambda0=1.5, threshold=0.0)
+    check[mkd] |= dict(threshold_ss=0.0, keep_padding=False, teacher_mode="eval", fa="students")
     check[segkc] = dict(lambda_cps=1.0, lambda_feat=0.5, lambda_kd=0.5, consult="both")
     check[segkc] |= dict(temperature=1.0, threshold=0.95, senior="resnet101", backbone="resnet50")
     for script, expected in check.items():
