@@ -66,19 +66,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @torch.no_grad()
 def update_teacher(
-    teacher: nn.Module, student: nn.Module, t: int, ema: float, mode: str = "train"
+    teacher: nn.Module, student: nn.Module, t: int, ema: float, mode: str = "eval"
 ) -> None:
     """theta_T <- m theta_T + (1 - m) theta_S, m = min(1 - 1/t, ema), before step t (step 3).
 
-    Parameters in float32; at t = 1 it becomes a copy. `mode` "train", as released: batch norm is by
-    the batch, with running statistics of its own; "eval": by the student's running statistics.
+    Parameters in float32; at t = 1 it becomes a copy. `mode` "eval": batch norm is by the student's
+    running statistics; "train", as released: by the batch, with running statistics of its own.
     """
     momentum = min(1 - 1 / t, ema)
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
     teacher.train(mode == "train")
     if mode == "eval":
-        for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-            mine.copy_(theirs)
+        mine = [buffer for buffer in teacher.buffers() if buffer.is_floating_point()]
+        theirs = [buffer for buffer in student.buffers() if buffer.is_floating_point()]
+        if mine:  # DINOv2 with DPT has no batch norm
+            torch._foreach_copy_(mine, theirs)
 
 
 def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:

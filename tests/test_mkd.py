@@ -43,7 +43,7 @@ def test_teacher_follows_the_hand_computed_sequence():
             for p in student.parameters():
                 p.copy_(torch.randn_like(p))
         was = {n: p.detach().clone() for n, p in student.named_parameters()}
-        mkd.update_teacher(teacher, student, t, 0.6)
+        mkd.update_teacher(teacher, student, t, 0.6, "train")
         for name, p in teacher.named_parameters():
             expected[name] = m * expected[name] + (1 - m) * was[name]
             torch.testing.assert_close(p.detach(), expected[name], **h.F64)
