@@ -126,7 +126,7 @@ def step_on(root: Path, script: str, more: str) -> dict:
     whole, step, parts = nets[0], procs.speed.speed_step, [nets[0]]
     if script == "mkd":
         names = ("student1", "student2", "teacher1", "teacher2")
-        stats = mkd.ClassStatistics(4, 3, 16)
+        stats = mkd.ClassStatistics(mkd.AUGMENTED[args.fa], 3, 16)
         nets[2].requires_grad_(False)
         nets[3].requires_grad_(False)
         parts = [dict(zip(names, nets, strict=True)), stats]
