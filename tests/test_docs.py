@@ -149,7 +149,7 @@ def test_rows_of_results_are_printed_by_the_tool():
         if words[0] == "docs/reproduce/table.py":
             printed += subprocess.check_output([sys.executable, *words], cwd=ROOT, text=True)
     rows = re.findall(r"^\| `[\w-]+` \| \d.*$", README + RESULTS, re.M)
-    rows += re.findall(r"^\| [^|`]+ \| [^`]*\d.*$", RESULTS, re.M)
+    rows += re.findall(r"^\| [^|`\n]+ \| [^`\n]*\d.*$", RESULTS, re.M)
     assert len(rows) > 50
     assert set(rows) <= set(printed.splitlines())
 
