@@ -308,26 +308,26 @@ def load_weights(net: Segmenter, name: str, weights: str, classes: list[str] | N
     if weights == "none":
         return f"{name}: random weights"
     found = download_weights(name) if weights == "imagenet" else load_checkpoint(Path(weights))
-    if classes and found.get("classes") == classes and found.get("config") == net.config:
-        net.load_state_dict(found["net"])
-        return f"{name}: weights {weights}: the whole network of step {found.get('step')}"
-    own = net.backbone.state_dict()
-    state = find_backbone(found, own)
+    whole = classes and found.get("classes") == classes and found.get("config") == net.config
+    part = net if whole else net.backbone
+    own = part.state_dict()
+    state = find_part(found, own)
     same = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     missing = [k for k in own if k not in same and not k.endswith("num_batches_tracked")]
     others = [k for k in state if k not in own]
     counts = f"{len(same)} keys matched, {len(missing)} missing, {len(others)} unexpected"
-    line = f"{name}: weights {weights}: {counts}"
+    what = f"the whole network of step {found.get('step')}" if whole else "the backbone"
+    line = f"{name}: weights {weights}: {what}, {counts}"
     stages = {key.split(".")[0] for key in own}
     # a classifier's have other first names, and none is a bare tensor like a ViT's register_tokens
     wrong = missing + [k for k in others if "." not in k or k.split(".")[0] in stages]
     if wrong:
         raise InputError(f"{line}; {wrong[0]} differs: another architecture; give a file of {name}")
-    net.backbone.load_state_dict(same, strict=False)
+    part.load_state_dict(same, strict=False)
     return line
 
 
-def find_backbone(found: dict, own: dict[str, Tensor]) -> dict[str, Tensor]:
+def find_part(found: dict, own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of `found`, or of a dict in it, that match most keys of `own`, prefix removed."""
     first = next(iter(own))
     best = {}
