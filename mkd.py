@@ -2,8 +2,8 @@
 
 Two students S1, S2 learn from each other's pseudo-labels and from those of the *other* student's
 mean teacher (T1 = EMA of S1, T2 = EMA of S2). Students see CutMixed strong views, teachers weak
-ones. All logits of the semi-supervised losses are augmented implicitly: shifted by what a Gaussian
-around each pixel's feature, with its class's running covariance, would do to the cross-entropy.
+ones. Logits of the semi-supervised losses (--fa: whose) are augmented implicitly: shifted by what a
+Gaussian around each pixel's feature, with its class's running covariance, would do to the CE.
 
     L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
 
