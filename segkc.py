@@ -256,7 +256,9 @@ def main(argv: list[str] | None = None) -> None:
     loaded = common.load_weights(junior, args.backbone, args.weights, split.classes)
     common.say(f"junior: {loaded}")
     senior = common.build_network(args.senior, *decoder)
-    loaded = common.load_weights(senior, args.senior, args.senior_weights)
+    # a file of its own may be a whole network; from one file both would be equal, and stay equal
+    classes = split.classes if args.senior_weights != args.weights else None
+    loaded = common.load_weights(senior, args.senior, args.senior_weights, classes)
     common.say(f"senior: {loaded}")
     if world > 1 and device.type == "cuda":
         junior = nn.SyncBatchNorm.convert_sync_batchnorm(junior)
