@@ -84,13 +84,13 @@ def update_teacher(
 
 
 def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
-    """Three boxes: p ~ U(.25, .5), h = exp(U ln p), w = p / h, both times sqrt(1/3) (step 4)."""
+    """Three boxes of area U(.25, .5): h = area^U(0, 1), w = area / h, times sqrt(1/3) (step 4)."""
     boxes = []
     for _ in range(3):
-        p, share, top, left = r.uniform((0.25, 0, 0, 0), (0.5, 1, 1, 1))
-        h = math.exp(share * math.log(p))
+        area, share, top, left = r.uniform((0.25, 0, 0, 0), (0.5, 1, 1, 1))
+        h = area**share
         height = round(crop * h * math.sqrt(1 / 3))
-        width = round(crop * p / h * math.sqrt(1 / 3))
+        width = round(crop * area / h * math.sqrt(1 / 3))
         top = round(top * (crop - height))
         left = round(left * (crop - width))
         boxes.append([top, left, top + height, left + width])
@@ -293,13 +293,13 @@ def mkd_step(
     keep_s1, keep_s2 = confidence[:2] >= args.threshold_ss
     keep_t1, keep_t2 = confidence[2:] >= args.threshold
 
-    # L_st = CE(z~_S1, t_T2) + CE(z~_S2, t_T1): from the other student's teacher (step 12)
+    # L_st = CE(z~_S1, y_hat_T2) + CE(z~_S2, y_hat_T1): from the other student's teacher (step 12)
     log_s1, log_s2 = aug[:2].log_softmax(2)  # [B, C, h2, w2] each
     loss_st1 = pseudo_ce(log_s1, label_t2, keep_t2, valid)
     loss_st2 = pseudo_ce(log_s2, label_t1, keep_t1, valid)
     loss_st = loss_st1 + loss_st2
 
-    # L_ss = CE(z~_S1, t_S2) + CE(z~_S2, t_S1): the students teach each other (step 13)
+    # L_ss = CE(z~_S1, y_hat_S2) + CE(z~_S2, y_hat_S1): the students teach each other (step 13)
     loss_ss1 = pseudo_ce(log_s1, label_s2, keep_s2, valid)
     loss_ss2 = pseudo_ce(log_s2, label_s1, keep_s1, valid)
     loss_ss = loss_ss1 + loss_ss2
