@@ -93,9 +93,10 @@ def cell_mean(values: Tensor, valid: Tensor, n: int) -> Tensor:
     """
     rows = in_cell(values.shape[1], n, values.device)  # [n, H]
     columns = in_cell(values.shape[2], n, values.device)  # [n, W]
-    total = rows @ (values * valid) @ columns.T
-    count = rows @ valid.float() @ columns.T
-    return torch.where(count > 0, total / count.clamp_min(1), PAD_ENTROPY)
+    sums = rows @ torch.stack([values * valid, valid]) @ columns.T  # [2, B, n, n]
+    total = sums[0]
+    count = sums[1]
+    return torch.where(count > 0, total / count, PAD_ENTROPY)
 
 
 def cells_to_pixels(cells: Tensor, height: int, width: int) -> Tensor:
