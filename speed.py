@@ -143,9 +143,9 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, temperature: float 
     f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Mostly padded cells are no row and no column of S.
     """
     pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # cells: 4; ViT 1, DPT 9
-    share = F.interpolate(valid_m[:, None].float(), f_m.shape[-2:], mode="area")
-    keep = F.avg_pool2d(share, pool, ceil_mode=True).flatten(1) > 0.5  # [B, N]
-    f = F.avg_pool2d(torch.cat([f_t, f_m]).float(), pool, ceil_mode=True)
+    grid = (f_m.shape[-2] // pool, f_m.shape[-1] // pool)  # N equal cells, none cut at the border
+    keep = F.adaptive_avg_pool2d(valid_m[:, None].float(), grid).flatten(1) > 0.5  # [B, N]
+    f = F.adaptive_avg_pool2d(torch.cat([f_t, f_m]).float(), grid)
     f = F.normalize(f.flatten(2), dim=1)  # [2B, A, N]
     s = f.transpose(1, 2) @ f / temperature
     s = s.masked_fill(~keep.repeat(2, 1)[:, None], -1e4)
