@@ -160,7 +160,7 @@ def test_adamw_decays_decoupled_from_the_gradient(tmp_path, monkeypatch):
 RUNS = {
     # coins, so that rounding picks no view; the ramp is 0, 1 / 1.2 and 1
     "speed": "--threshold 0 --iters 3 --ramp 0.4 --pick random --grid 3",
-    "mkd": "--threshold 0 --threshold-ss 0 --ramp 0",
+    "mkd": "--threshold 0 --threshold-ss 0 --ramp 0 --fa students",
     "segkc": "--threshold 0 --ramp 0",
 }
 REFERENCE = ROOT / "tests/reference.json"
