@@ -606,7 +606,7 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     g.add_argument("--sup-loss", choices=("ce", "ohem"), default="ce", help="ohem: hard pixels")
     g.add_argument("--ohem-share", type=SHARE, default=0.156, help="least share of pixels for OHEM")
     g.add_argument("--threshold", type=SHARE, help="tau: pseudo-label confidence threshold, 0 to 1")
-    g.add_argument("--ramp", type=SHARE, help="share of the run in which unlabelled terms rise")
+    g.add_argument("--ramp", type=SHARE, help="share of the run in which unsupervised terms rise")
     g.add_argument("--amp", choices=("bf16", "fp16", "off"), help="unset: bf16 if the GPU has it")
     g.add_argument("--compile", action="store_true", help="torch.compile the networks")
     g.add_argument("--seed", type=COUNT, default=0, help="of weights, batches and augmentation")

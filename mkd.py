@@ -7,10 +7,11 @@ Gaussian around each pixel's feature, with its class's running covariance, would
 
     L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
 
-Dimension key: B images of this rank, C classes, G augmented networks (--fa), H W pixels, h w cells
-of the stride-4 map, h2 w2 of its 2x2 means (half_), A = 256 channels of the classifier's input.
-x, y labelled; u weak and u1 strong view of an unlabelled crop; z logits, aug = z~ augmented logits,
-f features; suffixes _s1 _s2 students, _t1 _t2 teachers.
+Dimension key: B images of x and B of u on this rank, C classes, G augmented networks (--fa), H W
+pixels, h w cells of the stride-4 map, h2 w2 of its 2x2 means (half_), A channels of the
+classifier's input (256; DPT: 64 or 128). x, y labelled; u weak and u1 strong view of an unlabelled
+crop; z logits, aug = z~ augmented logits, f features; suffixes _s1 _s2 students, _w1 _w2 teachers
+on the weak view, _t1 _t2 the same mixed like u_mix.
 
     torchrun --nproc_per_node=4 mkd.py --split 1/16 --batch-size 16      # or python mkd.py
 
@@ -40,7 +41,7 @@ AUGMENTED = {"all": 4, "students": 2, "none": 0}  # --fa: G, the first of S1, S2
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The shared flags and MKD's own. Weights are the released config's, but on shapes."""
+    """The shared flags and MKD's own. lambda_st, lambda_ss, lambda0 and ema are as released."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
     g = p.add_argument_group("MKD")
     g.add_argument("--ema", type=SHARE, default=0.6, help="most of the teachers' momentum m")
@@ -138,17 +139,17 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, f: Tensor, label: Tensor) -> None:
-        """Takes in pixels f [G, B, A, h2, w2] of class label [G, B, h2, w2]; 255 is left out."""
-        f = f.flatten(3).transpose(2, 3).to(self.mean.dtype)  # [G, B, h2 w2, A]
+        """Takes in pixels f [G, 2B, A, h2, w2] of class label [G, 2B, h2, w2]; 255 is left out."""
+        f = f.flatten(3).transpose(2, 3).to(self.mean.dtype)  # [G, 2B, h2 w2, A]
         classes = torch.arange(self.count.shape[1], device=f.device)
-        member = (label.flatten(2)[:, :, None] == classes[:, None]).to(f.dtype)  # [G, B, C, h2 w2]
+        member = (label.flatten(2)[:, :, None] == classes[:, None]).to(f.dtype)  # [G, 2B, C, h2 w2]
         # n_c [G, C, 1], mu^_c, sigma^2_c of the batch over all ranks; two passes: E f^2 - mean^2
         # would lose all digits where the mean is much larger than the deviation
         counts = member.sum((1, 3))[:, :, None]
         sums = common.rank_sum(torch.cat([counts, (member @ f).sum(1)], 2))  # [G, C, 1 + A]
         n = sums[:, :, :1]
         mean = sums[:, :, 1:] / n.clamp_min(1)
-        deviation = f - member.transpose(2, 3) @ mean[:, None]  # [G, B, h2 w2, A]
+        deviation = f - member.transpose(2, 3) @ mean[:, None]  # [G, 2B, h2 w2, A]
         var = common.rank_sum((member @ deviation.square()).sum(1)) / n.clamp_min(1)
         # w_c = n_c / (n_c + N_c);  mu <- (1-w) mu + w mean
         # Sigma <- (1-w) Sigma + w var + w (1-w) (mu - mean)^2;  lerp(a, b, w) = (1-w) a + w b
@@ -159,25 +160,25 @@ class ClassStatistics(nn.Module):
 
 
 def halve(maps: Tensor) -> Tensor:
-    """2x2 means of [B, C, h, w]: [B, C, h2, w2]; the last row of an odd map is its own (step 6)."""
+    """2x2 means of [2B, C, h, w]: [2B, C, h2, w2]; an odd map's last row is its own (step 6)."""
     return F.avg_pool2d(maps, 2, ceil_mode=True)
 
 
 def class_of(z: Tensor, y: Tensor, valid: Tensor) -> Tensor:
-    """Class of a pixel [G, B, h2, w2] of z [G, B, C, h2, w2] (step 7).
+    """Class of a pixel [G, 2B, h2, w2] of z [G, 2B, C, h2, w2] (step 7).
 
-    The first images are labelled, y [B_x, h2, w2]; pixels of the others have the class that z
-    itself says. 255 where y is, and where it is not valid [B, h2, w2].
+    The first images are labelled, y [B, h2, w2]; pixels of the others have the class that z
+    itself says. 255 where y is, and where it is not valid [2B, h2, w2].
     """
-    own = z.detach().argmax(2)
-    own[:, : len(y)] = y
-    return own.where(valid, data.IGNORE)
+    pixel_class = z.detach().argmax(2)
+    pixel_class[:, : len(y)] = y
+    return pixel_class.where(valid, data.IGNORE)
 
 
 def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: float) -> Tensor:
     """z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a for pixels of class y (step 10).
 
-    z [G, B, C, h2, w2], label [G, B, h2, w2]; W and Sigma [G, C, A] are constants. The sum is a
+    z [G, 2B, C, h2, w2], label [G, 2B, h2, w2]; W and Sigma [G, C, A] are constants. The sum is a
     table K[y, c] of each network, looked up per pixel, zero for 255.
     """
     W = weight.detach()
@@ -189,8 +190,8 @@ def augment(z: Tensor, label: Tensor, weight: Tensor, var: Tensor, strength: flo
 
 
 def pseudo_ce(log_p: Tensor, label: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
-    """masked_mean(CE(z~, label), keep and valid): log_p [B, C, h2, w2] of z~, another's label."""
-    ce = F.nll_loss(log_p, label, reduction="none")  # [B, h2, w2]
+    """masked_mean(CE(z~, label), keep and valid): log_p [2B, C, h2, w2] of z~, another's label."""
+    ce = F.nll_loss(log_p, label, reduction="none")  # [2B, h2, w2]
     return masked_mean(ce, keep & valid, valid)
 
 
@@ -244,13 +245,13 @@ def mkd_step(
         update_teacher(nets["teacher1"], nets["student1"], t, args.ema, args.teacher_mode)
         update_teacher(nets["teacher2"], nets["student2"], t, args.ema, args.teacher_mode)
         with autocast():
-            z_t1, f_t1, _ = nets["teacher1"].parts(torch.cat([x, u]))
-            z_t2, f_t2, _ = nets["teacher2"].parts(torch.cat([x, u]))
-        M_4 = common.resize_mask(M, z_t1.shape[-2:])
-        z_t1 = torch.cat([z_t1[:n_x], mix(z_t1[n_x:], M_4)]).float()
-        z_t2 = torch.cat([z_t2[:n_x], mix(z_t2[n_x:], M_4)]).float()
-        f_t1 = torch.cat([f_t1[:n_x], mix(f_t1[n_x:], M_4)])
-        f_t2 = torch.cat([f_t2[:n_x], mix(f_t2[n_x:], M_4)])
+            z_w1, f_w1, _ = nets["teacher1"].parts(torch.cat([x, u]))
+            z_w2, f_w2, _ = nets["teacher2"].parts(torch.cat([x, u]))
+        M_4 = common.resize_mask(M, z_w1.shape[-2:])
+        z_t1 = torch.cat([z_w1[:n_x], mix(z_w1[n_x:], M_4)]).float()
+        z_t2 = torch.cat([z_w2[:n_x], mix(z_w2[n_x:], M_4)]).float()
+        f_t1 = torch.cat([f_w1[:n_x], mix(f_w1[n_x:], M_4)])
+        f_t2 = torch.cat([f_w2[:n_x], mix(f_w2[n_x:], M_4)])
 
     # Students see x and u_mix (step 4)
     with autocast():
@@ -266,47 +267,47 @@ def mkd_step(
 
     # The rest, labelled and unlabelled together, at half of the stride-4 resolution (step 6);
     # S1, S2, T1, T2 lie along the first dimension
-    half_z = torch.stack([halve(z) for z in (z_s1, z_s2, z_t1, z_t2)])  # [4, B, C, h2, w2]
+    half_z = torch.stack([halve(z) for z in (z_s1, z_s2, z_t1, z_t2)])  # [4, 2B, C, h2, w2]
     size = z_s1.shape[-2:]
     half_y = common.resize_mask(y, size)[:, ::2, ::2]
     valid = torch.cat([batch["x_valid"], mix(batch["u_valid"], M)])
     if args.keep_padding:
         valid = torch.ones_like(valid)
-    valid = common.resize_mask(valid, size)[:, ::2, ::2]
+    half_valid = common.resize_mask(valid, size)[:, ::2, ::2]
 
     # z~_c = z_c + 1/2 lambda(t) sum_a (W_ca - W_ya)^2 Sigma_y,a of each network (steps 7 to 10),
-    # lambda(t) = lambda0 (1 - cos(pi t / T)) / 2
+    # lambda(t) = lambda0 (1 - cos(pi t / T)) / 2, with the number pi and T = iters
     strength = args.lambda0 * (1 - math.cos(math.pi * t / args.iters)) / 2
     aug = half_z
     G = AUGMENTED[args.fa]
     if G > 0:
         features = (f_s1.detach(), f_s2.detach(), f_t1, f_t2)[:G]
-        half_f = torch.stack([halve(f.float()) for f in features])  # [G, B, A, h2, w2]
+        half_f = torch.stack([halve(f.float()) for f in features])  # [G, 2B, A, h2, w2]
         W = torch.stack([net.classifier.weight.flatten(1) for net in nets.values()][:G])
-        own = class_of(half_z[:G], half_y, valid)
-        stats.update(half_f, own)
-        aug = torch.cat([augment(half_z[:G], own, W, stats.var, strength), half_z[G:]])
+        pixel_class = class_of(half_z[:G], half_y, half_valid)
+        stats.update(half_f, pixel_class)
+        aug = torch.cat([augment(half_z[:G], pixel_class, W, stats.var, strength), half_z[G:]])
 
     # Targets (step 11): argmax z~, kept where the confidence of z is enough
     label_s1, label_s2, label_t1, label_t2 = aug.detach().argmax(2)
-    confidence = half_z.detach().softmax(2).amax(2)  # [4, B, h2, w2]
+    confidence = half_z.detach().softmax(2).amax(2)  # [4, 2B, h2, w2]
     keep_s1, keep_s2 = confidence[:2] >= args.threshold_ss
     keep_t1, keep_t2 = confidence[2:] >= args.threshold
 
     # L_st = CE(z~_S1, y_hat_T2) + CE(z~_S2, y_hat_T1): from the other student's teacher (step 12)
-    log_s1, log_s2 = aug[:2].log_softmax(2)  # [B, C, h2, w2] each
-    loss_st1 = pseudo_ce(log_s1, label_t2, keep_t2, valid)
-    loss_st2 = pseudo_ce(log_s2, label_t1, keep_t1, valid)
+    log_s1, log_s2 = aug[:2].log_softmax(2)  # [2B, C, h2, w2] each
+    loss_st1 = pseudo_ce(log_s1, label_t2, keep_t2, half_valid)
+    loss_st2 = pseudo_ce(log_s2, label_t1, keep_t1, half_valid)
     loss_st = loss_st1 + loss_st2
 
     # L_ss = CE(z~_S1, y_hat_S2) + CE(z~_S2, y_hat_S1): the students teach each other (step 13)
-    loss_ss1 = pseudo_ce(log_s1, label_s2, keep_s2, valid)
-    loss_ss2 = pseudo_ce(log_s2, label_s1, keep_s1, valid)
+    loss_ss1 = pseudo_ce(log_s1, label_s2, keep_s2, half_valid)
+    loss_ss2 = pseudo_ce(log_s2, label_s1, keep_s1, half_valid)
     loss_ss = loss_ss1 + loss_ss2
 
     # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss (step 14)
-    mutual = args.lambda_st * loss_st + args.lambda_ss * loss_ss
-    loss = loss_sup1 + loss_sup2 + ramp * mutual
+    unsupervised = args.lambda_st * loss_st + args.lambda_ss * loss_ss
+    loss = loss_sup1 + loss_sup2 + ramp * unsupervised
     keep = (keep_t1.float() + keep_t2.float()) / 2
     return {
         "loss": loss,
@@ -314,7 +315,7 @@ def mkd_step(
         "L_sup2": loss_sup2,
         "L_st": loss_st,
         "L_ss": loss_ss,
-        "confident": masked_mean(keep, valid, valid),
+        "confident": masked_mean(keep, half_valid, half_valid),
     }
 
 
@@ -340,7 +341,8 @@ def main(argv: list[str] | None = None) -> None:
     common.say("\n".join([split.line, *split.notes]))
     common.settle(args, split, world, device)
 
-    # ---- networks (step 1): one seed is drawn on for both students, so their heads differ
+    # ---- networks (step 1): one seed is drawn on for both students, so their heads differ (and
+    # from scratch their backbones)
     shape = (args.backbone, len(split.classes), args.output_stride, args.decoder)
     student_1 = common.build_network(*shape)
     common.say(common.load_weights(student_1, args.backbone, args.weights, split.classes))
@@ -399,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- train
     batches = data.train_batches(split, args, rank, world, start, device)
     for step, batch in enumerate(batches, start):
-        # poly: lr (1 - t/T)^0.9; ramp of the unlabelled terms: from 0 to 1 in a share of the run
+        # poly: lr (1 - step/iters)^0.9; ramp: the unsupervised terms' weight, rising from 0 to 1
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - step / args.iters) ** 0.9
         ramp = min(1.0, step / max(1.0, args.ramp * args.iters)) if args.ramp > 0 else 1.0

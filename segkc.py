@@ -6,9 +6,10 @@ consultation), and the junior also learns the senior's distribution (prediction 
 
     L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd
 
-Dimension key: B images of this rank, C classes, H W pixels, h w cells of a backbone's last map.
-x, y labelled; u weak and u1 strong view of an unlabelled crop, u_mix its CutMix; z logits, f last
-backbone map, g its projection to the other network's width; suffixes _s senior, _j junior.
+Dimension key: B images of x and B of u on this rank, C classes, H W pixels, h w cells of a
+backbone's last map, A_s and A_j its channels. x, y labelled; u weak and u1 strong view of an
+unlabelled crop, u_mix its CutMix; z logits, f last backbone map, g its projection to the other
+network's width; suffixes _s senior, _j junior, _w weak.
 
     torchrun --nproc_per_node=4 segkc.py --split 1/2    # plain `python segkc.py`: one GPU or none
 
@@ -40,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--junior", **junior, help="as --backbone")
     g.add_argument("--senior", choices=common.BACKBONES, help="encoder of the senior")
     g.add_argument("--senior-weights", help="like --weights, of the senior; unset: --weights")
+    g.add_argument("--senior-lr", type=POSITIVE, help="of the senior's backbone; unset: --lr")
     g.add_argument("--lambda-cps", type=WEIGHT, default=1.0, help="weight of L_cps, pseudo-labels")
     g.add_argument("--lambda-feat", type=WEIGHT, default=0.5, help="weight of the feature terms")
     g.add_argument("--lambda-kd", type=WEIGHT, default=0.5, help="weight of L_kd, senior to junior")
@@ -134,7 +136,7 @@ class Pair(nn.Module):
         return [p for name, p in self.named_parameters() if name.startswith("project_")]
 
     def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor | None], ...]:
-        """(z, f, g) of senior and junior: logits [B, C, H, W], last map, its projection."""
+        """(z, f, g) of senior and junior: logits, last map, its projection."""
         z_s, _, f_s = self.senior(x, features=True)
         z_j, _, f_j = self.junior(x, features=True)
         g_s = self.project_s(f_s) if self.project_s else None
@@ -157,7 +159,7 @@ def segkc_step(
 
     `nets` has junior and senior; `model` is the Pair of them, in DDP if there are ranks.
     """
-    # Views: x labelled; u weak; u_mix = CutMix(u1) (step 2)
+    # Views (step 1): x labelled; u weak; u_mix = CutMix(u1)
     x = data.normalize(batch["x"])
     y = batch["y"]
     n_x = len(x)
@@ -166,26 +168,27 @@ def segkc_step(
     u1 = data.normalize(u1)
     box = batch["cutmix"][0]
     u_mix = cutmix(u1, box)
-    valid_u = cutmix(batch["u_valid"], box)
-    valid = torch.cat([batch["x_valid"], valid_u])
+    valid_mix = cutmix(batch["u_valid"], box)
+    valid = torch.cat([batch["x_valid"], valid_mix])
 
     with torch.no_grad():
-        # Weak views (step 1), in eval mode (reading): y_hat = argmax p, c = max p, cut like u_mix
+        # Weak views (step 2), in eval mode: c = max p, y_hat = argmax p, cut like u_mix
         for net in nets.values():
             net.eval()
         with autocast():
-            p_s = nets["senior"](u).softmax(1)
-            p_j = nets["junior"](u).softmax(1)
+            z_ws = nets["senior"](u)
+            z_wj = nets["junior"](u)
         for net in nets.values():
             net.train()
-        c_s, label_s = p_s.max(1)
-        c_j, label_j = p_j.max(1)
-        label_s = cutmix(label_s, box)
-        label_j = cutmix(label_j, box)
-        keep_s = cutmix(c_s >= args.threshold, box) & valid_u
-        keep_j = cutmix(c_j >= args.threshold, box) & valid_u
+        c_s, y_hat_s = z_ws.softmax(1).max(1)
+        c_j, y_hat_j = z_wj.softmax(1).max(1)
+        label_s = cutmix(y_hat_s, box)
+        label_j = cutmix(y_hat_j, box)
+        keep_s = cutmix(c_s >= args.threshold, box) & valid_mix
+        keep_j = cutmix(c_j >= args.threshold, box) & valid_mix
 
-    # Forward with gradient on cat(x, u_mix) (step 3)
+    # Forward with gradient on cat(x, u_mix) (step 3):
+    # z [2B, C, H, W]; f_s, g_j [2B, A_s, h, w] and f_j, g_s [2B, A_j, h, w], each on its own grid
     with autocast():
         (z_s, f_s, g_s), (z_j, f_j, g_j) = model(torch.cat([x, u_mix]))
     z_xs, z_us = z_s.split(n_x)  # split: one operation backwards, not three
@@ -197,8 +200,8 @@ def segkc_step(
     loss_sup = 0.5 * (sup_s + sup_j)
 
     # L_cps = 1/2 [masked_mean(CE(z_S, y_hat_J), c_J >= tau) + the same of z_J and S] (step 5)
-    cps_s = cps_loss(z_us, label_j, keep_j, valid_u)
-    cps_j = cps_loss(z_uj, label_s, keep_s, valid_u)
+    cps_s = cps_loss(z_us, label_j, keep_j, valid_mix)
+    cps_j = cps_loss(z_uj, label_s, keep_s, valid_mix)
     loss_cps = 0.5 * (cps_s + cps_j)
 
     # L_j2s = d(g_S(f_S), sg f_J); L_s2j = d(g_J(f_J), sg f_S) (step 6)
@@ -210,12 +213,14 @@ def segkc_step(
         loss_s2j = consultation(g_j, f_s, valid)
 
     # L_kd = KL(sg p_S || p_J) on u_mix (step 7)
-    loss_kd = distillation(z_us, z_uj, valid_u, args.temperature)
+    loss_kd = distillation(z_us, z_uj, valid_mix, args.temperature)
 
     # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd (step 8)
     loss_feat = (loss_j2s + loss_s2j) / 2
-    unlabeled = args.lambda_cps * loss_cps + args.lambda_feat * loss_feat + args.lambda_kd * loss_kd
-    loss = loss_sup + ramp * unlabeled
+    unsupervised = (
+        args.lambda_cps * loss_cps + args.lambda_feat * loss_feat + args.lambda_kd * loss_kd
+    )
+    loss = loss_sup + ramp * unsupervised
     return {
         "loss": loss,
         "L_sup": loss_sup,
@@ -223,8 +228,8 @@ def segkc_step(
         "L_j2s": loss_j2s,
         "L_s2j": loss_s2j,
         "L_kd": loss_kd,
-        "confident_junior": masked_mean(keep_j, keep_j, valid_u),
-        "confident_senior": masked_mean(keep_s, keep_s, valid_u),
+        "confident_junior": masked_mean(keep_j, keep_j, valid_mix),
+        "confident_senior": masked_mean(keep_s, keep_s, valid_mix),
     }
 
 
@@ -276,9 +281,10 @@ def main(argv: list[str] | None = None) -> None:
         model = DistributedDataParallel(pair, device_ids=ids, gradient_as_bucket_view=True)
 
     # ---- optimizer: the schedule sets each group's lr from its initial_lr
+    senior_lr = args.senior_lr or args.lr
     heads = [*senior.head_parameters(), *junior.head_parameters(), *pair.projections()]
     groups = [
-        {"params": list(senior.backbone.parameters()), "initial_lr": args.lr},
+        {"params": list(senior.backbone.parameters()), "initial_lr": senior_lr},
         {"params": list(junior.backbone.parameters()), "initial_lr": args.lr},
         {"params": heads, "initial_lr": args.lr * args.head_lr_mult},
     ]
@@ -306,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- train
     batches = data.train_batches(split, args, rank, world, start, device)
     for step, batch in enumerate(batches, start):
-        # poly: lr (1 - t/T)^0.9; ramp of the unlabelled terms: from 0 to 1 in a share of the run
+        # poly: lr (1 - step/iters)^0.9; ramp: the unsupervised terms' weight, rising from 0 to 1
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - step / args.iters) ** 0.9
         ramp = min(1.0, step / max(1.0, args.ramp * args.iters)) if args.ramp > 0 else 1.0

@@ -126,10 +126,15 @@ def draw_coins(seed: int, step: int, positions: list[int], n: int) -> Tensor:
     return torch.tensor(np.stack(drawn), dtype=torch.float32)
 
 
-def logit_loss(z_t: Tensor, z_m: Tensor, valid_m: Tensor, t: float) -> Tensor:
-    """L_logit = mean over valid_m of KL(softmax(z_T / t) || softmax(z_m / t)) t^2 (step 8)."""
-    kl = kl_divergence((z_t / t).log_softmax(1), (z_m / t).log_softmax(1), 1)  # [B, H, W]
-    return masked_mean(kl, valid_m, valid_m) * t**2
+def logit_loss(z_t: Tensor, z_m: Tensor, valid_m: Tensor, temperature: float) -> Tensor:
+    """L_logit = mean over valid_m of KL(softmax(z_T / t) || softmax(z_m / t)) t^2 (step 8).
+
+    t is the temperature.
+    """
+    log_p_t = (z_t / temperature).log_softmax(1)
+    log_p_m = (z_m / temperature).log_softmax(1)
+    kl = kl_divergence(log_p_t, log_p_m, 1)  # [B, H, W]
+    return masked_mean(kl, valid_m, valid_m) * temperature**2
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
@@ -142,8 +147,9 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, temperature: float 
 
     f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Mostly padded cells are no row and no column of S.
     """
-    pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # cells: 4; ViT 1, DPT 9
-    grid = (f_m.shape[-2] // pool, f_m.shape[-1] // pool)  # N equal cells, none cut at the border
+    pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # 4; ViT 1, DPT 9
+    # N equal cells, 4x4 of f; at crops of 16k + 1 they are 5x5, and neighbours share a row of f
+    grid = (f_m.shape[-2] // pool, f_m.shape[-1] // pool)
     keep = F.adaptive_avg_pool2d(valid_m[:, None].float(), grid).flatten(1) > 0.5  # [B, N]
     f = F.adaptive_avg_pool2d(torch.cat([f_t, f_m]).float(), grid)
     f = F.normalize(f.flatten(2), dim=1)  # [2B, A, N]
@@ -186,17 +192,17 @@ def speed_step(
         views = torch.cat([u, u12]) if args.entropy_mix else u
         net.eval()
         with autocast():
-            z, f, _ = net(views, features=True)
+            z_views, f_views, _ = net(views, features=True)
         net.train()
-        z_u = z[: len(u)]
-        f_u = f[: len(u)]
+        z_u = z_views[: len(u)]
+        f_u = f_views[: len(u)]
 
         # EntropyMix (steps 4, 5): m takes each cell from the view with the higher entropy H_v.
         # Both views have the targets of u, so cutting and mixing them is one cut, with box_m.
         m = u1
         box_m = box_1
         if args.entropy_mix:
-            z_12 = z[len(u) :]
+            z_12 = z_views[len(u) :]
             valid_12 = cutmix(valid.repeat(2, 1, 1), box)
             h_12 = cell_mean(entropy(z_12), valid_12, args.grid)  # [2B, n, n]
             h_1 = h_12[: len(u)]
@@ -205,8 +211,8 @@ def speed_step(
             if args.pick == "random":
                 coin = draw_coins(args.seed, batch["step"], batch["positions"], args.grid)
                 coin = data.to_device(coin, u.device)
-            second = pick_view(h_1, h_2, args.pick, coin)
-            second = cells_to_pixels(second.float(), *valid.shape[-2:]) > 0.5  # [B, H, W]
+            picked = pick_view(h_1, h_2, args.pick, coin)  # [B, n, n]
+            second = cells_to_pixels(picked.float(), *valid.shape[-2:]) > 0.5  # [B, H, W]
             m = torch.where(second[:, None], u2, u1)
             box_m = torch.where(second, box_2, box_1)
 
@@ -233,8 +239,8 @@ def speed_step(
     loss_feat = relation_loss(f_t, f_m, valid_m, args.feature_temperature)
 
     # L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit) (step 10)
-    unlabeled = args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
-    loss = 0.5 * (loss_x + ramp * unlabeled)
+    unsupervised = args.lambda_u * loss_u + args.alpha * loss_feat + args.beta * loss_logit
+    loss = 0.5 * (loss_x + ramp * unsupervised)
     return {
         "loss": loss,
         "L_x": loss_x,
@@ -321,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---- train
     batches = data.train_batches(split, args, rank, world, start, device)
     for step, batch in enumerate(batches, start):
-        # poly: lr (1 - t/T)^0.9; ramp of the unlabelled terms: from 0 to 1 in a share of the run
+        # poly: lr (1 - step/iters)^0.9; ramp: the unsupervised terms' weight, rising from 0 to 1
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - step / args.iters) ** 0.9
         ramp = min(1.0, step / max(1.0, args.ramp * args.iters)) if args.ramp > 0 else 1.0

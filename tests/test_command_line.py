@@ -114,7 +114,7 @@ def test_without_voc_the_first_lines_say_so(script, tmp_path):
 NUMBERS = {  # values that are refused, flags
     "0 -1 1.5 x": "crop-size batch-size iters epochs eval-every save-every log-every grid",
     "-1 1.5 x": "seed split-seed workers",
-    "0 -1 nan inf x": "lr head-lr-mult temperature feature-temperature",
+    "0 -1 nan inf x": "lr head-lr-mult senior-lr temperature feature-temperature",
     "-1 nan inf x": "weight-decay lambda-u lambda-st lambda-ss lambda-cps lambda-feat alpha beta",
     "-0.1 1.1 nan x": "threshold ramp ohem-share threshold-ss ema",
     "x": "dataset protocol backbone decoder output-stride optimizer sup-loss amp eval-mode pick fa",

@@ -91,7 +91,8 @@ VARIANTS = {
     "defaults": ("resnet34", ""),
     "other flags": (
         "resnet18",
-        "--consult j2s --temperature 2 --lambda-cps 2 --lambda-feat 3 --lambda-kd 0.25",
+        "--consult j2s --temperature 2 --lambda-cps 2 --lambda-feat 3 --lambda-kd 0.25 "
+        "--senior-lr 0.01",
     ),
     "two of a kind, bf16": ("resnet18", "--consult s2j --ramp 1 --amp bf16"),
 }
@@ -150,9 +151,9 @@ def two_steps(
         t["loss"] = t["L_sup"] + ramp * semi
         t["loss"].backward()
         parts = [h.split_parameters(net) for net in (senior, junior)]
-        heads = parts[0][1] + parts[1][1]
-        heads += [p for projection in projections for p in projection.parameters()]
-        groups = [(parts[0][0], 1), (parts[1][0], 1), (heads, args.head_lr_mult)]
+        heads = [*parts[0][1], *parts[1][1], *nn.ModuleList(projections).parameters()]
+        senior_rate = (args.senior_lr or args.lr) / args.lr
+        groups = [(parts[0][0], senior_rate), (parts[1][0], 1), (heads, args.head_lr_mult)]
         velocity = h.sgd(args, groups, step, velocity)
         line = {k: v.item() for k, v in t.items()}
         line["confident_senior"], line["confident_junior"] = (
