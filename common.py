@@ -348,8 +348,9 @@ def download_weights(name: str) -> dict:
         url = models.get_model_weights(name)["IMAGENET1K_V1"].url
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError) as e:
-        raise InputError(f"--weights imagenet: no {url} ({e}); give a FILE or none") from None
+    except Exception as e:  # noqa: BLE001 - of the network, the disk, or on broken bytes
+        why = f"no {url} ({first_line(e)}); clear {torch.hub.get_dir()}, or give a FILE or none"
+        raise InputError(f"--weights imagenet: {why}") from None
 
 
 # --------------------------------------------------------------------------- ranks and losses
@@ -389,10 +390,8 @@ def rank_mean(t: Tensor) -> Tensor:
 
 def average_buffers(nets: Iterable[nn.Module]) -> None:
     """Batch norm statistics become their mean over ranks, for CPU, which has no SyncBN."""
-    for net in nets:
-        for buffer in net.buffers():
-            if buffer.is_floating_point():  # a counter is not
-                buffer.copy_(rank_mean(buffer))
+    for buffer in (b for net in nets for b in net.buffers() if b.is_floating_point()):
+        buffer.copy_(rank_mean(buffer))
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
@@ -409,7 +408,7 @@ def _nearest(pixels: int, cells: int, device: torch.device) -> Tensor:
 
 def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
     """sum(a keep) / max(sum(valid), 1) over all ranks: few confident pixels make a small loss."""
-    return (a * keep).sum() / rank_mean(valid.sum()).clamp_min(1)
+    return (a * keep).sum() / rank_mean(valid.sum()).clamp_min(1 / rank_world()[1])
 
 
 def supervised_loss(z: Tensor, y: Tensor, kind: str, share: float, most: float = 0.7) -> Tensor:
@@ -615,7 +614,7 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     g.add_argument("--eval-every", type=STEPS, help="steps between evaluations; unset: an epoch")
     g.add_argument("--save-every", type=STEPS, help="steps between saves; unset: --eval-every")
     g.add_argument("--log-every", type=STEPS, default=20, help="steps between log lines")
-    g.add_argument("--out", type=Path, help="unset: runs/<script>-<dataset>-<split>-s<seed>")
+    g.add_argument("--out", type=Path, help="unset: in runs/, by script, data, split and seed")
     g.add_argument("--overwrite", action="store_true", help="start anew over what --out holds")
     g.add_argument("--resume-edited", action="store_true", help="resume despite edited code")
     g.add_argument("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
@@ -731,6 +730,8 @@ def resume(args: Namespace, split: data.Split, state: dict[str, object]) -> int:
     try:
         for name, value in state.items():
             value.load_state_dict(saved[name])
+        for p, kept in state["optimizer"].state.items():  # in the layout of p: a GPU has another
+            kept.update({k: torch.empty_like(p).copy_(v) for k, v in kept.items() if v.dim() > 0})
         start = int(saved["step"])
     except torch.OutOfMemoryError:
         raise
@@ -895,12 +896,14 @@ def catch_signals() -> None:
     def wait() -> None:
         while True:
             number = woken.recv(1)[0]
-            if number not in (signal.SIGTERM, signal.SIGINT):  # a loader's worker that ended
+            echo = number == _process.signal == signal.SIGTERM and time.monotonic() < _process.until
+            if echo or number not in (signal.SIGTERM, signal.SIGINT):  # or a loader's worker ended
                 continue
             if _process.signal or _process.evaluating:
                 print(f"signal {number}: ended at once; the last checkpoint stays", flush=True)
                 os._exit(128 + number)
             _process.signal = number
+            _process.until = time.monotonic() + 1  # of a cluster, and once more of torchrun
 
     threading.Thread(target=wait, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -909,10 +912,9 @@ def catch_signals() -> None:
 
 def stop_signal(due: bool) -> int:
     """The signal to stop at, or 0. Ranks agree on it where a log line is `due`, on the CPU."""
-    if not dist.is_initialized():
-        return _process.signal
+    due = due or rank_world()[1] == 1
     number = torch.tensor(_process.signal if due else 0)
-    if due:
+    if due and dist.is_initialized():
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
 
@@ -925,13 +927,11 @@ def launch(main: Callable[[], None]) -> None:
     try:
         main()
         status = 0
-    except InputError as e:
-        status = 2
+    except (InputError, RunError) as e:
+        status = 2 if isinstance(e, InputError) else 1
         line = str(e)
-        if rank > 0 and not _process.training:  # all ranks see it: only rank 0 is to say so,
+        if status == 2 and rank > 0 and not _process.training:  # all ranks see it: rank 0 says so,
             time.sleep(5)  # torchrun ends the others
-    except RunError as e:
-        line = str(e)
     except SystemExit as e:
         status = int(e.code or 0)
     except KeyboardInterrupt:  # later ones are caught, see `catch_signals`
@@ -939,7 +939,7 @@ def launch(main: Callable[[], None]) -> None:
         line = "interrupted before the first step"
     except BaseException as e:
         told = first_line(e)
-        if isinstance(e, MemoryError) or "memory" in told:  # a GPU's, a CPU's, /dev/shm
+        if isinstance(e, MemoryError) or re.search("out of memory|allocate|shm|shared mem", told):
             line = f"{told}; lower --batch-size, --crop-size or --workers, or --eval-mode slide"
         else:
             traceback.print_exc()

@@ -124,6 +124,8 @@ def _list(path: Path, blank: bool = False) -> list[str]:
         text = path.read_text("utf-8-sig").rstrip()  # -sig: without a byte order mark
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: not found, or no UTF-8 text ({e}); give such a file") from None
+    if not text:
+        raise InputError(f"{path}: an empty file; give at least one line")
     return [line.strip() for line in text.splitlines() if blank or line.strip()]
 
 
@@ -175,7 +177,7 @@ def _folder(root: Path) -> Source:
     for k, name in enumerate(classes):
         if not name or name in classes[:k]:
             raise InputError(f"{names}: line {k + 1} is blank or repeats {name!r}; name each class")
-    if not 1 <= len(classes) <= IGNORE:
+    if len(classes) > IGNORE:
         raise InputError(f"{names}: {len(classes)} classes; name 1 to 255, one a line")
     source = Source("folder", classes, root, [], [])
     for part, items in (("train", source.train), ("val", source.val)):
@@ -460,8 +462,6 @@ def _read_list(source: Source, path: Path) -> list[Item]:
             where = f"{source.name} {source.root}"
             raise InputError(f"{path}: {words[0]!r} is not in {where}; remove it, or give a path")
         items.append(item)
-    if not items:
-        raise InputError(f"{path}: an empty list; give at least one image")
     return items
 
 
@@ -478,10 +478,13 @@ def look_at_masks(split: Split) -> None:
         what = "the labelled masks hold nothing but 0 and 255 (ignored); save a foreground as 1"
         raise InputError(f"{split.labeled[0].mask.parent}: {what}")
     end = time.monotonic() + 10
+    shown = 0  # pixels
     for item in split.val:
-        holds_a_class(item)
+        shown += sum(read_mask(item, _size(item), len(split.classes)).histogram()[:IGNORE])
         if time.monotonic() > end:
             break
+    if shown == 0:
+        raise InputError(f"{split.val[0].mask.parent}: nothing but 255 (ignored); no mIoU of it")
 
 
 # --------------------------------------------------------------------------- batches
@@ -717,7 +720,8 @@ def check_shared_memory(args: argparse.Namespace, ranks: int, split: Split) -> N
         return
     width, height = _size(split.val[0])
     # bytes a pixel: x 3, y 1, x_valid 1; u 3, u_valid 1, cutmix 2
-    need = args.batch_size // ranks * args.crop_size**2 * (5 if args.labeled_only else 11)
+    world = int(os.environ.get("WORLD_SIZE", ranks))
+    need = args.batch_size // world * args.crop_size**2 * (5 if args.labeled_only else 11)
     need += 4 * max(width * height, min(VAL_PIXELS, 16 * width * height))
     need = (need + 2**16) * (2 * args.workers + 1) * ranks  # two a worker wait
     free = shutil.disk_usage("/dev/shm").free
@@ -854,7 +858,7 @@ def number(kind: type, least: float = 0, most: float = math.inf) -> Callable:
     return parse_number
 
 
-COUNT, STEPS = number(int), number(int, least=1)
+COUNT, STEPS = number(int, most=2**63 - 1), number(int, least=1)
 WEIGHT, POSITIVE, SHARE = number(float), number(float, least=1e-12), number(float, most=1)
 
 

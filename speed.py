@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
         {"params": list(net.backbone.parameters()), "initial_lr": args.lr},
         {"params": net.head_parameters(), "initial_lr": args.lr * args.head_lr_mult},
     ]
-    fused = None if args.amp == "fp16" else True  # fused on a CPU would not skip what fp16 skips
+    fused = None if args.amp == "fp16" else True  # fused SGD has no momentum if fp16 skips step 0
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(
             groups, momentum=0.9, weight_decay=args.weight_decay, fused=fused

@@ -113,7 +113,7 @@ def test_without_voc_the_first_lines_say_so(script, tmp_path):
 
 NUMBERS = {  # values that are refused, flags
     "0 -1 1.5 x": "crop-size batch-size iters epochs eval-every save-every log-every grid",
-    "-1 1.5 x": "seed split-seed workers",
+    "-1 1.5 x 9223372036854775808": "seed split-seed workers",
     "0 -1 nan inf x": "lr head-lr-mult senior-lr temperature feature-temperature",
     "-1 nan inf x": "weight-decay lambda-u lambda-st lambda-ss lambda-cps lambda-feat alpha beta",
     "-0.1 1.1 nan x": "threshold ramp ohem-share threshold-ss ema",
@@ -185,6 +185,7 @@ def nothing(_: Path) -> None:
 LISTS, WEIGHTS, TEST = "--split {tmp}/lists", "--weights {tmp}/w.pth", "--test-only {tmp}/best.pt"
 OTHER, VGG = ["sky", "road", "cat"], dict(backbone="vgg", num_classes=3)
 CODE = {"a": Code()}
+PAGE = "hub/checkpoints/resnet18-f37072fd.pth"  # torch.hub's copy
 VIT_64 = "--crop-size 64 --backbone dinov2_vits14"
 HALF = lambda tmp: [truncate(p) for p in (tmp / "root/train/images").iterdir()]  # noqa: E731
 
@@ -207,11 +208,8 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "latest.pt cut": (put("out/latest.pt", b"PK\x03\x04 cut"), "", "latest.pt"),
     "another latest.pt": (put("out/latest.pt", {"net": {}}), "", "out | --overwrite"),
     "best.pt alone": (put("out/best.pt", {}), "", "{tmp}/out | no latest.pt | another --out"),
-    "out is a file": (
-        put("f", b""),
-        "--out {tmp}/f",
-        "{tmp}/f: cannot be written | give another place",
-    ),
+    "out is a file": (put("f", b""), "--out {tmp}/f", "{tmp}/f: cannot be written | another place"),
+    "page for weights": (put(PAGE, b"<html>"), "--weights imagenet", "fd.pth | clear {tmp}/hub"),
     "test code": (put("best.pt", CODE), TEST, "best.pt | mkdir"),
     "test a state dict": (put("best.pt", {"a": 1}), TEST, "best.pt | give"),
     "other classes": (put("best.pt", lambda: best_pt(classes=OTHER)), TEST, "best.pt | classes"),
@@ -244,8 +242,9 @@ def root(tmp_path_factory) -> Path:
 
 @OVER_SCRIPTS
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input(script, name, tmp_path, root):
+def test_bad_input(script, name, tmp_path, root, monkeypatch):
     spoil, flags, said = CASES[name]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     shutil.copytree(root, tmp_path / "root")
     spoil(tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt*")}

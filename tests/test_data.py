@@ -327,7 +327,9 @@ LIST_ERRORS = [  # labelled lines, unlabelled lines, what the message must conta
     ([VOC_TRAIN[0]], [VOC_TRAIN[1], VOC_TRAIN[0]], VOC_TRAIN[0]),  # overlap
     ([voc_line(VOC_TRAIN[0])], [VOC_TRAIN[0]], VOC_TRAIN[0]),  # overlap, in two formats
     ([voc_line(VOC_VAL[1])], VOC_TRAIN[:2], VOC_VAL[1]),
-    ([], VOC_TRAIN[:2], "labeled.txt"),  # empty
+    (["JPEGImages/../../x.jpg"], VOC_TRAIN[:2], "leads out"),
+    (["C:x.jpg"], VOC_TRAIN[:2], "leads out"),
+    ([], VOC_TRAIN[:2], "labeled.txt: an empty file"),
     (VOC_TRAIN[:2], [], "unlabeled.txt"),
     ([voc_line("2007_999999")], VOC_TRAIN[:2], "2007_999999"),
     ([VOC_TRAIN[0]] * 2, VOC_TRAIN[1:2], VOC_TRAIN[0]),  # twice

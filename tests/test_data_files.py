@@ -20,7 +20,7 @@ import data
 from data import InputError, Item
 
 CPU = torch.device("cpu")
-FUZZ = int(os.environ.get("FUZZ", "400"))  # inputs of each of the two
+FUZZ = int(os.environ.get("FUZZ", "400"))  # damaged pictures
 
 
 def refusal(call, *args: object) -> str:
@@ -222,6 +222,9 @@ def test_masks_of_0_and_255_alone(tmp_path, monkeypatch, capsys):
     (root / "train/masks/t02.png").unlink()
     (root / "classes.txt").write_text("sky\n")  # one class: 255 is no class of its own
     data.look_at_masks(load(root))
+    for mask in root.glob("val/masks/*"):
+        save(mask, np.full_like(blobs(0, 3), 255))
+    assert f"{root}/val/masks: nothing but 255" in refusal(data.look_at_masks, load(root))
 
 
 BAD_VAL = {
@@ -311,7 +314,7 @@ TEXTS = [  # classes.txt, a line of labeled.txt, what is said
     ("sky\n\nroad\ncar\n", "t00", "f/classes.txt: line 2 is blank or repeats ''"),
     ("\nsky\nroad\ncar\n", "t00", "f/classes.txt: line 1 is blank or repeats ''"),
     ("sky\nroad\nsky\n", "t00", "f/classes.txt: line 3 is blank or repeats 'sky'"),
-    (" \n", "t00", "f/classes.txt: 0 classes"),
+    (" \n", "t00", "f/classes.txt: an empty file"),
     ("sky", "C:\\data\\t00.jpg", "'C:/data/t00.jpg' leads out of"),
     ("sky", "C:t00", "'C:t00' leads out of"),
     ("sky", "..\\t00.jpg", "'../t00.jpg' leads out of"),
@@ -350,34 +353,6 @@ def test_shared_memory(tmp_path, monkeypatch, ranks):
     data.check_shared_memory(batch_args(crop_size=321, batch_size=8), ranks, split)  # no workers
     monkeypatch.setattr(os.path, "isdir", lambda path: False)  # not Linux
     data.check_shared_memory(args, ranks, split)
-
-
-# ------------------------------------------------------------------- fuzz
-
-GOOD = (["t00", "t01", "train/images/t02.jpg train/masks/t02.png"], ["t05", "t06", "t07"])
-WORDS = ["t00", "t05", "t99", "v00", "train/images/t03.jpg", "train/masks/t02.png", "/", "t00/"]
-WORDS += ["train/images/t06.jpg", "val/images/v01.jpg", "..", "../x", "/etc/passwd", "./", "."]
-WORDS += ["train/images/../images/t06.jpg", "a" * 300, "a/" * 2500, "\0", "~", "$HOME", "t00.jpg"]
-WORDS += ["train\\images\\t00.jpg", "\ufeff", "\u2028", "C:x", "//", "train/images", "\udcff"]
-
-
-def test_fuzz_lists(tmp_path):
-    """Guards: a traceback, or a wrong run, over list files."""
-    root, r, accepted = make_folder(tmp_path / "root"), np.random.default_rng(0), 0
-    source = data.load_source("folder", root)
-    for _ in range(FUZZ):
-        for name, good in zip(("labeled", "unlabeled"), GOOD, strict=True):
-            lines = [*r.choice(good, 2, replace=False), " ".join(r.choice(WORDS, r.integers(3)))]
-            text = "\n".join(r.permutation(lines)).encode(errors="surrogateescape")
-            (tmp_path / f"{name}.txt").write_bytes(text)
-        split = clean(data.make_split, source, str(tmp_path), 0, "classic")
-        if split is not None:
-            both = [i.image.resolve() for i in (*split.labeled, *split.unlabeled)]
-            assert len(set(both)) == len(both) > 1
-            assert all(p.is_relative_to(root / "train") and p.is_file() for p in both)
-            assert all(i.mask.resolve().is_relative_to(root) for i in split.labeled)
-            accepted += 1
-    assert FUZZ // 9 < accepted < FUZZ
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")

@@ -180,11 +180,18 @@ def resume(root, out):
     args = procs.speed.parse_args(procs.flags("speed", root, out))
     split = data.load_split(args)
     common.settle(args, split, 1, torch.device("cpu"))
-    net = procs.Tiny(3)
+    net = procs.Tiny(3).to(memory_format=torch.channels_last)  # as on a GPU
     groups = [{"params": list(net.backbone.parameters())}, {"params": net.head_parameters()}]
     optimizer = torch.optim.SGD(groups, lr=1, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return lambda: common.resume(args, split, dict(net=net, optimizer=optimizer, scaler=scaler))
+
+    def go_on() -> int:
+        start = common.resume(args, split, dict(net=net, optimizer=optimizer, scaler=scaler))
+        for p, kept in optimizer.state.items():  # fused optimizers read memory in its order
+            assert kept["momentum_buffer"].stride() == p.stride()
+        return start
+
+    return go_on
 
 
 def test_fuzz(out, resume):
@@ -239,6 +246,15 @@ def test_out_of_memory(where, kind, told, step, root, out, tmp_path):
     for flag in ("--batch-size", "--crop-size", "--eval-mode slide"):
         assert flag in one_line(text)
     assert step_of(out / "latest.pt") == step
+
+
+def test_a_fault_of_the_gpu_is_told_in_full(root, tmp_path):
+    """Guards: advice on memory in place of the line that failed."""
+    first = functools.partial(fail, "common.evaluate", RuntimeError, "an illegal memory access")
+    text = tmp_path / "text"
+    p = procs.start("speed", procs.flags("speed", root, tmp_path / "out"), text, first=first)
+    assert procs.finish(p) == 1
+    assert "Traceback" in text.read_text()
 
 
 def test_little_shared_memory(root, tmp_path, monkeypatch):

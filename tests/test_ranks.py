@@ -289,6 +289,17 @@ def test_torchrun_restarts(root, tmp_path, on_two):
     procs.assert_same(procs.result(tmp_path / "out"), on_two("mkd")[1])
 
 
+def mean_of_one_pixel() -> float:
+    """Of a mask that is valid in one pixel of one rank: a value of 3."""
+    valid = torch.tensor([common.rank_world()[0] == 0])
+    return common.masked_mean(torch.tensor([3.0]), valid, valid).item()
+
+
+def test_a_mean_over_fewer_pixels_than_ranks():
+    """Guards: a denominator that is one pixel on each rank, not one in all."""
+    assert sum(procs.on_ranks(2, mean_of_one_pixel)) / 2 == 3
+
+
 def signal_to_rank_1() -> list[int]:
     common._process.signal = signal.SIGTERM * int(os.environ["RANK"])
     return [common.stop_signal(False), common.stop_signal(True)]
