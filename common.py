@@ -912,9 +912,10 @@ def catch_signals() -> None:
 
 def stop_signal(due: bool) -> int:
     """The signal to stop at, or 0. Ranks agree on it where a log line is `due`, on the CPU."""
-    due = due or rank_world()[1] == 1
+    if rank_world()[1] == 1:
+        return _process.signal
     number = torch.tensor(_process.signal if due else 0)
-    if due and dist.is_initialized():
+    if due:
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
 
@@ -946,5 +947,4 @@ def launch(main: Callable[[], None]) -> None:
     if line:
         print(f"[rank {rank}] error: {line}" if world > 1 else f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)  # at once: other ranks may wait in a collective, workers for its data

@@ -34,7 +34,7 @@ def run(script: str, argv: str, cwd: Path, **env: str) -> SimpleNamespace:
             for stream in (1, 2):
                 flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
                 os.dup2(os.open(f"stream{stream}", flags, 0o666), stream)
-            sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
+            sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))  # noqa: SIM115
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
                 os.environ.pop(name, None)
             os.environ.update(env)
