@@ -489,7 +489,7 @@ def evaluate(
     for grid in {net.backbone.grid for net in nets.values()}:
         alike = {name: net.eval() for name, net in nets.items() if net.backbone.grid == grid}
         batches = data.ValBatches(split.val, classes, grid, args.crop_size)
-        for batch in data.val_batches(batches, rank, world, args.workers, device):
+        for batch in data.val_batches(batches, rank, world, args.workers or 0, device):
             for name, net in alike.items():
                 prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
                 total[name] += confusion_matrix(prediction, batch["label"], classes)
@@ -535,7 +535,6 @@ def test(args: Namespace, device: torch.device) -> None:
     if source.classes != classes:
         what = f"its classes {classes} are not {source.classes}; give its own data set"
         raise InputError(f"{args.test_only}: {what}")
-    args.workers = args.workers or 0
     miou, iou = iou_of(evaluate({"net": net}, source, args, device)["net"], classes)
     for name, value in iou.items():
         say(f"{name:>20} {'absent' if value is None else f'{value:6.2f}'}")
@@ -947,4 +946,5 @@ def launch(main: Callable[[], None]) -> None:
     if line:
         print(f"[rank {rank}] error: {line}" if world > 1 else f"error: {line}", file=sys.stderr)
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)  # at once: other ranks may wait in a collective, workers for its data
