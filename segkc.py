@@ -104,12 +104,15 @@ def consultation(g: Tensor, f: Tensor, valid: Tensor) -> Tensor:
     return masked_mean(distance, cells, cells)
 
 
-def distillation(z_s: Tensor, z_j: Tensor, valid: Tensor, t: float) -> Tensor:
-    """L_kd = mean over valid of KL(sg softmax(z_S / t) || softmax(z_J / t)) t^2 (step 7)."""
-    log_s = (z_s.detach() / t).log_softmax(1)
-    log_j = (z_j / t).log_softmax(1)
+def distillation(z_s: Tensor, z_j: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """L_kd = mean over valid of KL(sg softmax(z_S / t) || softmax(z_J / t)) t^2 (step 7).
+
+    t is the temperature.
+    """
+    log_s = (z_s.detach() / temperature).log_softmax(1)
+    log_j = (z_j / temperature).log_softmax(1)
     kl = F.kl_div(log_j, log_s, reduction="none", log_target=True).sum(1)  # [B, H, W]
-    return masked_mean(kl, valid, valid) * t**2
+    return masked_mean(kl, valid, valid) * temperature**2
 
 
 class Pair(nn.Module):

@@ -147,8 +147,8 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, temperature: float 
 
     f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Mostly padded cells are no row and no column of S.
     """
-    pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # 4; ViT 1, DPT 9
-    # N equal cells, 4x4 of f; at crops of 16k + 1 they are 5x5, and neighbours share a row of f
+    pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # a cell's side: 4; ViT 1, DPT 9
+    # N equal cells of 4x4; at crops of 16k + 1 they are 5x5, and neighbours share a row of f
     grid = (f_m.shape[-2] // pool, f_m.shape[-1] // pool)
     keep = F.adaptive_avg_pool2d(valid_m[:, None].float(), grid).flatten(1) > 0.5  # [B, N]
     f = F.adaptive_avg_pool2d(torch.cat([f_t, f_m]).float(), grid)
