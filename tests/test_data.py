@@ -329,6 +329,7 @@ LIST_ERRORS = [  # labelled lines, unlabelled lines, what the message must conta
     ([voc_line(VOC_VAL[1])], VOC_TRAIN[:2], VOC_VAL[1]),
     (["JPEGImages/../../x.jpg"], VOC_TRAIN[:2], "leads out"),
     (["C:x.jpg"], VOC_TRAIN[:2], "leads out"),
+    (["JPEGImages/\0.jpg"], VOC_TRAIN[:2], "leads out"),
     ([], VOC_TRAIN[:2], "labeled.txt: an empty file"),
     (VOC_TRAIN[:2], [], "unlabeled.txt"),
     ([voc_line("2007_999999")], VOC_TRAIN[:2], "2007_999999"),

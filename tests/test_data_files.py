@@ -333,13 +333,14 @@ def test_texts_that_are_refused(tmp_path, classes, line, said):
 # ------------------------------------------------------------------- shared memory
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_shared_memory(tmp_path, monkeypatch, ranks):
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (2, 1), (2, 2)])
+def test_shared_memory(tmp_path, monkeypatch, ranks, nodes):
     """Guards: workers that wait for memory without end. The need, and one byte less."""
     split = load(make_folder(tmp_path))  # 48 x 40: sixteen images a val batch, 4 bytes a pixel
     monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm")
+    monkeypatch.setenv("WORLD_SIZE", str(ranks * nodes))
     args = batch_args(crop_size=321, batch_size=8, workers=6)
-    need = (8 // ranks * 321**2 * 11 + 16 * 48 * 40 * 4 + 2**16) * 13 * ranks
+    need = (8 // (ranks * nodes) * 321**2 * 11 + 16 * 48 * 40 * 4 + 2**16) * 13 * ranks
     usage = types.SimpleNamespace(free=need)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     data.check_shared_memory(args, ranks, split)
@@ -348,7 +349,7 @@ def test_shared_memory(tmp_path, monkeypatch, ranks):
     assert line.startswith(f"/dev/shm has {need / 2**20:.1f} MB free, the workers' batches take")
     assert "--workers 0, or start the container by docker run --shm-size 1g" in line
     args.labeled_only = True  # x alone: 5 of 11 bytes
-    usage.free = (8 // ranks * 321**2 * 5 + 16 * 48 * 40 * 4 + 2**16) * 13 * ranks
+    usage.free = (8 // (ranks * nodes) * 321**2 * 5 + 16 * 48 * 40 * 4 + 2**16) * 13 * ranks
     data.check_shared_memory(args, ranks, split)
     data.check_shared_memory(batch_args(crop_size=321, batch_size=8), ranks, split)  # no workers
     monkeypatch.setattr(os.path, "isdir", lambda path: False)  # not Linux

@@ -119,8 +119,7 @@ def relation_oracle(f_t: Tensor, f_m: Tensor, valid: Tensor, sharp: float = 0.1)
         kept = []
         for cell in np.ndindex(*grid):
             if valid[b][inside(cell, valid.shape[-2:])].float().mean() > 0.5:
-                part = inside(cell, f_m.shape[-2:])
-                kept.append([f[b][part].mean((1, 2)) for f in (f_t, f_m)])
+                kept.append([f[b][inside(cell, f.shape[-2:])].mean((1, 2)) for f in (f_t, f_m)])
         if not kept:
             continue
         s = []
