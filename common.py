@@ -1,6 +1,6 @@
 """What the methods share and no paper is about: networks, weights, ranks, evaluation, run folder.
 
-Dimension key: B images, C classes, H and W pixels, h and w cells of a feature map.
+Dimension key: B images, C classes, A channels, N tokens, H and W pixels, h and w cells of a map.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ _process = Namespace(signal=0, training=False, evaluating=False)  # for `launch`
 
 
 class CNN(IntermediateLayerGetter):
-    """torchvision's and its keys: image [B, 3, H, W] to the stride-4 and the last map (16 or 8)."""
+    """torchvision's, with its keys: image [B, 3, H, W] to stride-4 and last map (16 or 8)."""
 
     grid = 16  # evaluation pads images to the crop modulo this
 
@@ -181,7 +181,7 @@ class DPTDecoder(nn.Module):
         self.resize = nn.ModuleList([up_4, up_2, nn.Identity(), down_2])
         self.reduce = nn.ModuleList(nn.Conv2d(s, features, 3, padding=1, bias=False) for s in steps)
         self.fuse = nn.ModuleList(Fusion(features) for _ in steps)
-        # the deepest fusion has no skip; the published design counts its unit, and so do we
+        # the deepest fusion has no skip: its unit never runs, but it is in the published count
         self.fuse[3].skip.requires_grad_(False)
         self.head = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.ReLU())
 
@@ -407,7 +407,7 @@ def _nearest(pixels: int, cells: int, device: torch.device) -> Tensor:
 
 
 def masked_mean(a: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
-    """sum(a keep) / max(sum(valid), 1) over all ranks: few confident pixels make a small loss."""
+    """This rank's part of sum(a keep) / max(sum(valid), 1): the mean over ranks is that of all."""
     return (a * keep).sum() / rank_mean(valid.sum()).clamp_min(1 / rank_world()[1])
 
 
@@ -552,8 +552,8 @@ def predict_pictures(net: Segmenter, args: Namespace) -> int:
     folder = args.save_predictions
     if folder.resolve() == pictures[0].parent.resolve():
         raise InputError(f"--save-predictions {folder}: holds the pictures; give another folder")
-    names = [f"{path.stem}{end}.png" for path in pictures for end in ("", "_overlay")]
-    clash = next((name for name in names if names.count(name) > 1), None)
+    names = sorted(f"{path.stem}{end}.png" for path in pictures for end in ("", "_overlay"))
+    clash = next((a for a, b in zip(names, names[1:], strict=False) if a == b), None)
     if clash:
         raise InputError(f"{args.predict}: two pictures would both be {clash}; rename one")
     unreadable = 0
@@ -579,7 +579,7 @@ def predict_pictures(net: Segmenter, args: Namespace) -> int:
 
 def make_parser(script: str, description: str) -> ArgumentParser:
     """A parser with the flags that all scripts share; a script adds its own and calls `parse`."""
-    sources = [Path(f).read_bytes() for f in (script, __file__, data.__file__)]
+    sources = [Path(f).read_bytes() for f in (script, __file__, data.__file__)]  # not a fork's own
     digest = hashlib.sha256(b"".join(sources)).hexdigest()[:12]
     p = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     p.set_defaults(method=Path(script).stem, sources=digest, labeled_only=False)
@@ -588,7 +588,7 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     g.add_argument("--crop-size", type=STEPS, help="side of the square training crop, pixels")
     g.add_argument("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="random scale")
     g.add_argument("--batch-size", type=STEPS, help="labelled images a step; as many unlabelled")
-    g.add_argument("--workers", type=COUNT, help="loader processes a rank; unset: 4, for shapes 0")
+    g.add_argument("--workers", type=COUNT, help="loaders a rank; unset: 4; 0 for shapes, tests")
     g = p.add_argument_group("network")
     g.add_argument("--backbone", choices=BACKBONES, help="encoder")
     g.add_argument("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
@@ -611,7 +611,7 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     g = p.add_argument_group("evaluation and output")
     g.add_argument("--eval-mode", choices=("whole", "slide"), default="whole", help="or windows")
     g.add_argument("--eval-every", type=STEPS, help="steps between evaluations; unset: an epoch")
-    g.add_argument("--save-every", type=STEPS, help="steps between saves; unset: --eval-every")
+    g.add_argument("--save-every", type=STEPS, help="steps between saves beside evaluations")
     g.add_argument("--log-every", type=STEPS, default=20, help="steps between log lines")
     g.add_argument("--out", type=Path, help="unset: in runs/, by script, data, split and seed")
     g.add_argument("--overwrite", action="store_true", help="start anew over what --out holds")
@@ -623,7 +623,7 @@ def make_parser(script: str, description: str) -> ArgumentParser:
 
 
 def parse(p: ArgumentParser, argv: list[str] | None, **method: dict) -> Namespace:
-    """Parses in two goes: data set and backbone choose presets, `method` overrides them by name."""
+    """Presets of data set and backbone, then `method`: all=dict(...), then <data set>=dict(...)."""
     words = sys.argv[1:] if argv is None else argv  # --help waits for the presets
     first = p.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
     saved = load_checkpoint(first.test_only) if first.test_only else {}
@@ -631,7 +631,7 @@ def parse(p: ArgumentParser, argv: list[str] | None, **method: dict) -> Namespac
     if first.test_only and name not in tuple(data.PRESETS):
         raise InputError(f"{first.test_only}: names no data set of ours; give --dataset too")
     dataset = data.find_dataset(name, first.root)
-    vit = first.backbone in DINOV2 or vars(first).get("senior") in DINOV2
+    vit = any(v in DINOV2 for v in vars(first).values() if isinstance(v, str))
     preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
     rate = {"lr": preset["lr"]} if vit else {}  # a script's own is for CNNs
     preset |= method.get("all", {}) | method.get(dataset, {}) | rate
@@ -670,7 +670,7 @@ def settle(args: Namespace, split: data.Split, world: int, device: torch.device)
         where = "folder-" + args.root.resolve().name if args.dataset == "folder" else args.dataset
         name = args.split.strip("/").replace("/", "-")
         args.out = Path("runs") / f"{method}-{where}-{name}-s{args.seed}"
-    data.check_shared_memory(args, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), split)
+    data.check_shared_memory(args, world, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), split)
     data.look_at_masks(split)
     if args.compile:  # a part in training, in eval and at each size share one cache, of 8
         torch._dynamo.config.cache_size_limit = 64
@@ -729,8 +729,9 @@ def resume(args: Namespace, split: data.Split, state: dict[str, object]) -> int:
     try:
         for name, value in state.items():
             value.load_state_dict(saved[name])
-        for p, kept in state["optimizer"].state.items():  # in the layout of p: a GPU has another
-            kept.update({k: torch.empty_like(p).copy_(v) for k, v in kept.items() if v.dim() > 0})
+        for optimizer in (value for value in state.values() if isinstance(value, Optimizer)):
+            for p, s in optimizer.state.items():  # in the layout of p: a GPU has another
+                s.update({k: torch.empty_like(p).copy_(v) for k, v in s.items() if v.dim() > 0})
         start = int(saved["step"])
     except torch.OutOfMemoryError:
         raise
@@ -920,9 +921,8 @@ def stop_signal(due: bool) -> int:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs a script; status 2 and a line for bad input, 1 for a failed run."""
-    status = 1
-    line = ""
+    """Runs a script, then ends the process past atexit; status 2: bad input, 1: a failed run."""
+    status, line = 1, ""
     rank, world = rank_world()
     try:
         main()

@@ -587,7 +587,7 @@ class TrainBatches(Dataset):
         return [rng(self.args.seed, stream, step, p) for p in self.positions]
 
     def pick(self, items: list[Item], stream: str, step: int) -> list[Item]:
-        """Epochs of shuffled images, incomplete last batches dropped; no image twice in a batch."""
+        """Epochs of shuffled images, incomplete last batches dropped; fewer than a batch repeat."""
         size, n = self.args.batch_size, len(items)
         epoch, k = divmod(step, max(1, n // size))
         order = rng(self.args.seed, stream, epoch).permutation(n)
@@ -666,7 +666,7 @@ class ValBatches(Dataset):
 
     image [b, H, W, 3] uint8, label [b, H, W] uint8, both padded at the right and bottom (label 255)
     to the smallest size congruent to `crop` modulo `grid`: aligned corners then put cells as in a
-    training crop. size [(height, width)] before padding, id [b]. VAL_IMAGES, VAL_PIXELS bound it.
+    training crop. id [b]. VAL_IMAGES, VAL_PIXELS bound it.
     """
 
     def __init__(self, items: list[Item], num_classes: int, grid: int, crop: int = 0) -> None:
@@ -692,14 +692,12 @@ class ValBatches(Dataset):
         height, width = self.padded(_size(items[0]))
         image = np.full((len(items), height, width, 3), FILL, np.uint8)
         label = np.full((len(items), height, width), IGNORE, np.uint8)
-        sizes = []
         for b, item in enumerate(items):
             picture = read_image(item)
             w, h = picture.size
             image[b, :h, :w] = picture
             label[b, :h, :w] = read_mask(item, (w, h), self.num_classes)
-            sizes.append((h, w))
-        batch = {"size": sizes, "id": [item.id for item in items]}
+        batch = {"id": [item.id for item in items]}
         return batch | {"image": torch.from_numpy(image), "label": torch.from_numpy(label)}
 
 
@@ -714,13 +712,13 @@ def val_batches(
         yield batch
 
 
-def check_shared_memory(args: argparse.Namespace, ranks: int, split: Split) -> None:
+def check_shared_memory(args: argparse.Namespace, world: int, ranks: int, split: Split) -> None:
     """InputError if /dev/shm cannot hold the batches that workers of this machine's ranks keep."""
     if args.workers == 0 or not os.path.isdir("/dev/shm"):
         return
     width, height = _size(split.val[0])
     # bytes a pixel: x 3, y 1, x_valid 1; u 3, u_valid 1, cutmix 2
-    world = int(os.environ.get("WORLD_SIZE", ranks))
+    ranks = min(world, ranks)  # plain python is one, whatever a cluster sets
     need = args.batch_size // world * args.crop_size**2 * (5 if args.labeled_only else 11)
     need += 4 * max(width * height, min(VAL_PIXELS, 16 * width * height))
     need = (need + 2**16) * (2 * args.workers + 1) * ranks  # two a worker wait

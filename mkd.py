@@ -2,8 +2,9 @@
 
 Two students S1, S2 learn from each other's pseudo-labels and from those of the *other* student's
 mean teacher (T1 = EMA of S1, T2 = EMA of S2). Students see CutMixed strong views, teachers weak
-ones. Logits of the semi-supervised losses (--fa: whose) are augmented implicitly: shifted by what a
-Gaussian around each pixel's feature, with its class's running covariance, would do to the CE.
+ones. In the semi-supervised losses the logits of the networks of --fa are augmented implicitly:
+shifted by what a Gaussian around each pixel's feature, with its class's running covariance, would
+do to the CE.
 
     L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
 
@@ -44,15 +45,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The shared flags and MKD's own. lambda_st, lambda_ss, lambda0 and ema are as released."""
     p = common.make_parser(__file__, __doc__.splitlines()[0])
     g = p.add_argument_group("MKD")
-    g.add_argument("--ema", type=SHARE, default=0.6, help="most of the teachers' momentum m")
+    g.add_argument("--ema", type=SHARE, default=0.6, help="upper limit of the teachers' m")
     g.add_argument("--lambda-st", type=WEIGHT, default=1.5, help="weight of L_st, by the teachers")
     g.add_argument("--lambda-ss", type=WEIGHT, default=1.0, help="weight of L_ss, of the students")
     g.add_argument("--threshold-ss", type=SHARE, default=0.0, help="tau of L_ss, between students")
-    g.add_argument("--fa", choices=AUGMENTED, default="students", help="whose logits")
+    g.add_argument("--fa", choices=AUGMENTED, default="students", help="networks to augment")
     g.add_argument("--lambda0", type=WEIGHT, default=1.5, help="strength of --fa at the end")
     g.add_argument("--keep-padding", action="store_true", help="padding takes part, as released")
     g.add_argument("--teacher-mode", choices=("train", "eval"), default="eval", help="batch norm")
-    # From scratch most first labels are wrong, and the augmentation took more than it gave.
+    # From scratch most first labels are wrong, and the augmentation lowered the mIoU.
     shapes = dict(fa="none", threshold=0.95, threshold_ss=0.95)
     shapes.update(batch_size=4, lr=2e-3, epochs=4)
     args = common.parse(p, argv, all=dict(threshold=0.0), shapes=shapes)
@@ -322,7 +323,7 @@ def mkd_step(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
-    # ---- ranks: torchrun sets these three; plain python is one process
+    # ---- ranks: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; plain python is one process
     rank, world = common.rank_world()
     device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
@@ -341,12 +342,12 @@ def main(argv: list[str] | None = None) -> None:
     common.say("\n".join([split.line, *split.notes]))
     common.settle(args, split, world, device)
 
-    # ---- networks (step 1): one seed is drawn on for both students, so their heads differ (and
-    # from scratch their backbones)
-    shape = (args.backbone, len(split.classes), args.output_stride, args.decoder)
-    student_1 = common.build_network(*shape)
+    # ---- networks (step 1): both students draw from one random stream, so that their heads differ
+    # (from scratch their backbones, too)
+    config = (args.backbone, len(split.classes), args.output_stride, args.decoder)
+    student_1 = common.build_network(*config)
     common.say(common.load_weights(student_1, args.backbone, args.weights, split.classes))
-    student_2 = common.build_network(*shape)
+    student_2 = common.build_network(*config)
     common.say(common.load_weights(student_2, args.backbone, args.weights))
     if world > 1 and device.type == "cuda":
         student_1 = nn.SyncBatchNorm.convert_sync_batchnorm(student_1)
@@ -383,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
             groups, momentum=0.9, weight_decay=args.weight_decay, fused=fused
         )
     else:
-        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
     # ---- precision: forward passes alone are in autocast; losses, softmax and EMA in float32
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16

@@ -9,7 +9,7 @@ consultation), and the junior also learns the senior's distribution (prediction 
 Dimension key: B images of x and B of u on this rank, C classes, H W pixels, h w cells of a
 backbone's last map, A_s and A_j its channels. x, y labelled; u weak and u1 strong view of an
 unlabelled crop, u_mix its CutMix; z logits, f last backbone map, g its projection to the other
-network's width; suffixes _s senior, _j junior, _w weak.
+network's width; suffixes _s senior, _j junior, _w on u, _x on x, _m on u_mix.
 
     torchrun --nproc_per_node=4 segkc.py --split 1/2    # plain `python segkc.py`: one GPU or none
 
@@ -46,15 +46,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--lambda-feat", type=WEIGHT, default=0.5, help="weight of the feature terms")
     g.add_argument("--lambda-kd", type=WEIGHT, default=0.5, help="weight of L_kd, senior to junior")
     g.add_argument(
-        "--consult", choices=("both", "j2s", "s2j", "none"), default="both", help="directions"
+        "--consult", choices=("both", "j2s", "s2j", "none"), default="both", help="L_j2s, L_s2j"
     )
     g.add_argument("--temperature", type=POSITIVE, default=1.0, help="t of L_kd")
-    pair = dict(senior="resnet101", backbone="resnet50")
+    networks = dict(senior="resnet101", backbone="resnet50")
     shapes = dict(senior="resnet34", backbone="resnet18", epochs=6)
-    args = common.parse(p, argv, all=pair, shapes=shapes)
+    args = common.parse(p, argv, all=networks, shapes=shapes)
     args.senior_weights = args.senior_weights or args.weights
-    files = args.senior_weights == args.weights and args.weights not in ("imagenet", "none")
-    if files and args.senior != args.backbone:
+    one_file = args.senior_weights == args.weights and args.weights not in ("imagenet", "none")
+    if one_file and args.senior != args.backbone:
         raise data.InputError(
             f"--weights {args.weights}: a file of {args.backbone}; "
             f"give --senior-weights too: imagenet, none or a file of {args.senior}"
@@ -194,8 +194,8 @@ def segkc_step(
     # z [2B, C, H, W]; f_s, g_j [2B, A_s, h, w] and f_j, g_s [2B, A_j, h, w], each on its own grid
     with autocast():
         (z_s, f_s, g_s), (z_j, f_j, g_j) = model(torch.cat([x, u_mix]))
-    z_xs, z_us = z_s.split(n_x)  # split: one operation backwards, not three
-    z_xj, z_uj = z_j.split(n_x)
+    z_xs, z_ms = z_s.split(n_x)  # split: one operation backwards, not three
+    z_xj, z_mj = z_j.split(n_x)
 
     # L_sup = 1/2 [CE(z_S(x), y) + CE(z_J(x), y)] (step 4)
     sup_s = common.supervised_loss(z_xs, y, args.sup_loss, args.ohem_share)
@@ -203,8 +203,8 @@ def segkc_step(
     loss_sup = 0.5 * (sup_s + sup_j)
 
     # L_cps = 1/2 [masked_mean(CE(z_S, y_hat_J), c_J >= tau) + the same of z_J and S] (step 5)
-    cps_s = cps_loss(z_us, label_j, keep_j, valid_mix)
-    cps_j = cps_loss(z_uj, label_s, keep_s, valid_mix)
+    cps_s = cps_loss(z_ms, label_j, keep_j, valid_mix)
+    cps_j = cps_loss(z_mj, label_s, keep_s, valid_mix)
     loss_cps = 0.5 * (cps_s + cps_j)
 
     # L_j2s = d(g_S(f_S), sg f_J); L_s2j = d(g_J(f_J), sg f_S) (step 6)
@@ -216,7 +216,7 @@ def segkc_step(
         loss_s2j = consultation(g_j, f_s, valid)
 
     # L_kd = KL(sg p_S || p_J) on u_mix (step 7)
-    loss_kd = distillation(z_us, z_uj, valid_mix, args.temperature)
+    loss_kd = distillation(z_ms, z_mj, valid_mix, args.temperature)
 
     # L = L_sup + lambda_cps L_cps + lambda_feat (L_j2s + L_s2j) / 2 + lambda_kd L_kd (step 8)
     loss_feat = (loss_j2s + loss_s2j) / 2
@@ -239,7 +239,7 @@ def segkc_step(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
-    # ---- ranks: torchrun sets these three; plain python is one process
+    # ---- ranks: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; plain python is one process
     rank, world = common.rank_world()
     device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
@@ -259,12 +259,12 @@ def main(argv: list[str] | None = None) -> None:
     common.settle(args, split, world, device)
 
     # ---- networks: the junior first, so that its weights are those of the other scripts
-    decoder = (len(split.classes), args.output_stride, args.decoder)
-    junior = common.build_network(args.backbone, *decoder)
+    rest = (len(split.classes), args.output_stride, args.decoder)
+    junior = common.build_network(args.backbone, *rest)
     loaded = common.load_weights(junior, args.backbone, args.weights, split.classes)
     common.say(f"junior: {loaded}")
-    senior = common.build_network(args.senior, *decoder)
-    # a file of its own may be a whole network; from one file both would be equal, and stay equal
+    senior = common.build_network(args.senior, *rest)
+    # --senior-weights may be a whole best.pt; from one file both would start equal, and stay so
     classes = split.classes if args.senior_weights != args.weights else None
     loaded = common.load_weights(senior, args.senior, args.senior_weights, classes)
     common.say(f"senior: {loaded}")
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
             groups, momentum=0.9, weight_decay=args.weight_decay, fused=fused
         )
     else:
-        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
     # ---- precision: forward passes alone are in autocast; losses, softmax and EMA in float32
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16

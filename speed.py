@@ -7,9 +7,9 @@ between its features (L_feat). One network, no teacher, no auxiliary head.
 
     L = 1/2 (L_x + lambda_u L_u + alpha L_feat + beta L_logit)
 
-Dimension key: B images of this rank, C classes, H W pixels, h w cells of a stride-4 map, n grid
-cells a side (--grid), N positions of the stride-16 map. x, y labelled; u weak, u1 u2 strong, m
-mixed views; valid is True where a crop holds image.
+Dimension key: B images of this rank, C classes, A channels of f, the classifier's input, H W
+pixels, h w cells of a stride-4 map, n grid cells a side (--grid), N cells of a stride-16 map. x, y
+labelled; u weak, u1 u2 strong, m mixed views; z logits; valid is True where a crop holds image.
 
     torchrun --nproc_per_node=4 speed.py --split 1/16    # plain `python speed.py`: one GPU or none
 
@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g = p.add_argument_group("SPEED")
     g.add_argument("--labeled-only", action="store_true", help="supervised baseline of all methods")
     g.add_argument("--grid", type=STEPS, default=4, help="n: EntropyMix cells a side")
-    g.add_argument("--pick", choices=("max", "min", "random"), default="max", help="which entropy")
+    g.add_argument("--pick", choices=("max", "min", "random"), default="max", help="by entropy")
     g.add_argument("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
     g.add_argument("--host-cutmix", action=flag, default=True, help="CutMix before EntropyMix")
     g.add_argument("--lambda-u", type=WEIGHT, default=1.0, help="weight of L_u, pseudo-labels")
@@ -264,7 +264,7 @@ def supervised_step(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
-    # ---- ranks: torchrun sets these three; plain python is one process
+    # ---- ranks: torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; plain python is one process
     rank, world = common.rank_world()
     device = common.pick_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
             groups, momentum=0.9, weight_decay=args.weight_decay, fused=fused
         )
     else:
-        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
     # ---- precision: forward passes alone are in autocast; losses, softmax and EMA in float32
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16

@@ -185,13 +185,20 @@ def resume(root, out):
     optimizer = torch.optim.SGD(groups, lr=1, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
-    def go_on() -> int:
-        start = common.resume(args, split, dict(net=net, optimizer=optimizer, scaler=scaler))
+    def go_on(name: str = "optimizer") -> int:
+        start = common.resume(args, split, {"net": net, name: optimizer, "scaler": scaler})
         for p, kept in optimizer.state.items():  # fused optimizers read memory in its order
             assert kept["momentum_buffer"].stride() == p.stride()
         return start
 
     return go_on
+
+
+def test_an_optimizer_of_a_fork_may_have_another_name(out, resume):
+    saved = common.load_checkpoint(out / "latest.pt")
+    saved["optimizer_senior"] = saved.pop("optimizer")
+    torch.save(saved, out / "latest.pt")
+    assert resume("optimizer_senior") == 4
 
 
 def test_fuzz(out, resume):
