@@ -611,7 +611,7 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     g = p.add_argument_group("evaluation and output")
     g.add_argument("--eval-mode", choices=("whole", "slide"), default="whole", help="or windows")
     g.add_argument("--eval-every", type=STEPS, help="steps between evaluations; unset: an epoch")
-    g.add_argument("--save-every", type=STEPS, help="steps between saves beside evaluations")
+    g.add_argument("--save-every", type=STEPS, help="steps between saves, besides evaluations")
     g.add_argument("--log-every", type=STEPS, default=20, help="steps between log lines")
     g.add_argument("--out", type=Path, help="unset: in runs/, by script, data, split and seed")
     g.add_argument("--overwrite", action="store_true", help="start anew over what --out holds")

@@ -125,10 +125,11 @@ common.save = save_and_die
 
 
 @each_script
-def test_step_does_not_wait(script, tmp_path):
+@pytest.mark.parametrize("how", ["--amp bf16", "--amp fp16 --optimizer adamw"])  # SGD's fp16 waits
+def test_step_does_not_wait(script, how, tmp_path):
     """No line of three whole steps makes the host wait for the GPU; a planted .item() is seen."""
     words = [*TINY, "--backbone", "resnet18", *SCRIPTS[script].split(), "--iters", "50"]
-    words += ["--log-every", "50", "--out", str(tmp_path / "run")]
+    words += [*how.split(), "--log-every", "50", "--out", str(tmp_path / "run")]
     code = f"""
 import os, sys, warnings, torch, {script} as script
 step, calls = script.{script}_step, []
