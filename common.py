@@ -471,7 +471,7 @@ def iou_of(confusion: Tensor, classes: list[str]) -> tuple[float, dict[str, floa
 
 
 def absent_note(iou: dict[str, float | None]) -> str:
-    """Over how many of the classes a mIoU is, where some are in no val label or prediction."""
+    """Over how many of the classes an mIoU is, where some are in no val label or prediction."""
     absent = [name for name, value in iou.items() if value is None]
     note = f" over {len(iou) - len(absent)} of {len(iou)} classes (absent: {', '.join(absent)})"
     return note if absent else ""
