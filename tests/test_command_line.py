@@ -91,6 +91,9 @@ def test_presets_are_the_fields(script, argv):
     if script == "mkd" and "shapes" not in argv:
         expected["threshold"] = 0  # as in the released config
     assert {k: args[k] for k in expected} == expected
+    if script == "segkc" and "dinov2" in argv:  # a ViT beside a CNN
+        other = vars(segkc.parse_args(["--dataset", *argv.replace("backbone", "senior").split()]))
+        assert {k: other[k] for k in expected} == expected
     cnn = {"speed": "resnet101", "mkd": "resnet101", "segkc": "resnet50"}
     assert args["backbone"] == (argv.split()[2] if "--" in argv else cnn[script])
     senior = "resnet34" if "shapes" in argv else "resnet101"

@@ -687,8 +687,7 @@ def test_val_batches_hold_the_images(mixed_sizes, grid, crop):
     for batch in data.val_batches(dataset, 0, 1, 0, CPU):
         height, width = batch["image"].shape[-2:]
         assert (height - crop) % grid == (width - crop) % grid == 0
-        fields = (batch[k] for k in ("id", "image", "label"))
-        for id, image, label in zip(*fields, strict=True):
+        for id, image, label in zip(batch["id"], batch["image"], batch["label"], strict=True):
             w, h = Image.open(mixed_sizes.root / f"val/images/{id}.png").size
             assert 0 <= height - h < grid
             assert 0 <= width - w < grid

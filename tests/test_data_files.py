@@ -379,8 +379,6 @@ def test_fuzz_pictures(tmp_path):
     assert 1 < good < FUZZ
 
 
-# ------------------------------------------------------------------- published lists
-
 PUBLISHED = {  # list: labelled, unlabelled, the hash that a run's first line shows
     "pascal/92": (92, 10490, "70dc4c8b"),
     "pascal/183": (183, 10399, "4a794416"),
