@@ -579,7 +579,7 @@ def predict_pictures(net: Segmenter, args: Namespace) -> int:
 
 def make_parser(script: str, description: str) -> ArgumentParser:
     """A parser with the flags that all scripts share; a script adds its own and calls `parse`."""
-    sources = [Path(f).read_bytes() for f in (script, __file__, data.__file__)]  # not a fork's own
+    sources = [Path(f).read_bytes() for f in (script, __file__, data.__file__)]
     digest = hashlib.sha256(b"".join(sources)).hexdigest()[:12]
     p = ArgumentParser(description=description, formatter_class=ArgumentDefaultsHelpFormatter)
     p.set_defaults(method=Path(script).stem, sources=digest, labeled_only=False)

@@ -666,7 +666,7 @@ class ValBatches(Dataset):
 
     image [b, H, W, 3] uint8, label [b, H, W] uint8, both padded at the right and bottom (label 255)
     to the smallest size congruent to `crop` modulo `grid`: aligned corners then put cells as in a
-    training crop. id [b]. VAL_IMAGES, VAL_PIXELS bound it.
+    training crop. id [b]. VAL_IMAGES and VAL_PIXELS bound b.
     """
 
     def __init__(self, items: list[Item], num_classes: int, grid: int, crop: int = 0) -> None:
@@ -697,8 +697,8 @@ class ValBatches(Dataset):
             w, h = picture.size
             image[b, :h, :w] = picture
             label[b, :h, :w] = read_mask(item, (w, h), self.num_classes)
-        batch = {"id": [item.id for item in items]}
-        return batch | {"image": torch.from_numpy(image), "label": torch.from_numpy(label)}
+        ids = [item.id for item in items]
+        return {"id": ids, "image": torch.from_numpy(image), "label": torch.from_numpy(label)}
 
 
 def val_batches(

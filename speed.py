@@ -302,8 +302,8 @@ def main(argv: list[str] | None = None) -> None:
         {"params": list(net.backbone.parameters()), "initial_lr": args.lr},
         {"params": net.head_parameters(), "initial_lr": args.lr * args.head_lr_mult},
     ]
-    fused = None if args.amp == "fp16" else True  # fused SGD has no momentum if fp16 skips step 0
     if args.optimizer == "sgd":
+        fused = None if args.amp == "fp16" else True  # fused has no momentum if fp16 skips step 0
         optimizer = torch.optim.SGD(
             groups, momentum=0.9, weight_decay=args.weight_decay, fused=fused
         )

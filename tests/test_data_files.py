@@ -329,13 +329,12 @@ def test_texts_that_are_refused(tmp_path, classes, line, said):
     assert said in refusal(load, root, write_lists(tmp_path / "l", [line], ["t05"]))
 
 
-@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (2, 1), (2, 2)])
-def test_shared_memory(tmp_path, monkeypatch, ranks, nodes):
-    """Guards: workers that wait for memory without end. The need, and one byte less."""
+@pytest.mark.parametrize(("world", "ranks", "local"), [(1, 1, 8), (2, 2, 2), (4, 2, 2)])
+def test_shared_memory(tmp_path, monkeypatch, world, ranks, local):
+    """Guards: workers that wait without end; a lone LOCAL_WORLD_SIZE. One byte less is refused."""
     split = load(make_folder(tmp_path))  # 48 x 40: sixteen images a val batch, 4 bytes a pixel
     monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm")
     args = batch_args(crop_size=321, batch_size=8, workers=6)
-    world, local = ranks * nodes, ranks if ranks > 1 else 8  # a cluster's own for plain python
     need = (8 // world * 321**2 * 11 + 16 * 48 * 40 * 4 + 2**16) * 13 * ranks
     usage = types.SimpleNamespace(free=need)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -347,6 +346,7 @@ def test_shared_memory(tmp_path, monkeypatch, ranks, nodes):
     args.labeled_only = True  # x alone: 5 of 11 bytes
     usage.free = (8 // world * 321**2 * 5 + 16 * 48 * 40 * 4 + 2**16) * 13 * ranks
     data.check_shared_memory(args, world, local, split)
+    usage.free = 0
     data.check_shared_memory(batch_args(), 1, 1, split)  # no workers
     monkeypatch.setattr(os.path, "isdir", lambda path: False)  # not Linux
     data.check_shared_memory(args, world, local, split)
@@ -401,8 +401,7 @@ def test_hashes_of_the_published_lists(dataset, monkeypatch):
     items = {part: [] for part in names}
     for part, path in names.items():
         folder = "SegmentationClassAug" if part == "aug" else "SegmentationClass"
-        for line in path.read_text().splitlines():
-            image = line.split()[0]
+        for image in (line.split()[0] for line in path.read_text().splitlines()):
             mask = image.replace("JPEGImages", folder).replace(".jpg", ".png")
             mask = mask.replace("leftImg8bit/", "gtFine/")
             mask = mask.replace("leftImg8bit.png", "gtFine_labelTrainIds.png")

@@ -192,7 +192,8 @@ def test_flags_are_used_are_named_rightly_and_if_shared_the_same_in_all_scripts(
 
 
 def test_the_repo_speaks_of_itself_alone():
-    ours = [ROOT / name for name in (*SCRIPTS, "common.py", "data.py", "README.md", ".ci/run")]
+    names = "common.py data.py README.md requirements.txt pyproject.toml LICENSE .ci/run".split()
+    ours = [ROOT / name for name in (*SCRIPTS, *names)]
     for path in [*ours, *(f for f in ROOT.glob("docs/**/*.*") if f.suffix != ".png")]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\.\./shared|/work/|issues? show|\bissue \d", text), path
