@@ -1,4 +1,4 @@
-"""What the methods share and no paper is about: networks, weights, ranks, evaluation, run folder.
+"""What the methods share and no paper describes: networks, weights, ranks, evaluation, run folder.
 
 Dimension key: B images, C classes, A channels, N tokens, H and W pixels, h and w cells of a map.
 """
@@ -46,8 +46,8 @@ BACKBONES = (*CNNS, *DINOV2)
 PATCH, TABLE, DEPTH = 14, 37, 12  # of DINOv2: pixels, the position table's side, blocks
 TAKEN = (2, 5, 8, 11)  # blocks whose maps are returned
 FREE = ("out", "root", "workers", "save_every", "overwrite", "resume_edited")  # free on resume
-LOWER = "the last good checkpoint stays; try a lower --lr, or --amp bf16 or off"
-_process = Namespace(signal=0, training=False, evaluating=False)  # for `launch`, signals
+REMEDY = "the last good checkpoint stays; try a lower --lr, or --amp bf16 or off"
+_process = Namespace(signal=0, until=0.0, training=False, evaluating=False)  # for `launch`, signals
 
 # ---------------------------------------------------------------------------------- networks
 
@@ -173,27 +173,27 @@ class DPTDecoder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        steps, features = DPT_WIDTHS[width]
+        steps, channels = DPT_WIDTHS[width]
         self.project = nn.ModuleList(nn.Conv2d(width, s, 1) for s in steps)
         up_4 = nn.ConvTranspose2d(steps[0], steps[0], 4, 4)
         up_2 = nn.ConvTranspose2d(steps[1], steps[1], 2, 2)
         down_2 = nn.Conv2d(steps[3], steps[3], 3, 2, 1)
         self.resize = nn.ModuleList([up_4, up_2, nn.Identity(), down_2])
-        self.reduce = nn.ModuleList(nn.Conv2d(s, features, 3, padding=1, bias=False) for s in steps)
-        self.fuse = nn.ModuleList(Fusion(features) for _ in steps)
+        self.reduce = nn.ModuleList(nn.Conv2d(s, channels, 3, padding=1, bias=False) for s in steps)
+        self.fuse = nn.ModuleList(Fusion(channels) for _ in steps)
         # the deepest fusion has no skip: its unit never runs, but it is in the published count
         self.fuse[3].skip.requires_grad_(False)
-        self.head = nn.Sequential(nn.Conv2d(features, features, 3, padding=1), nn.ReLU())
+        self.head = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU())
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         skips = []
-        for k, features in enumerate(maps):
-            skips.append(self.reduce[k](self.resize[k](self.project[k](features))))
+        for k, deep in enumerate(maps):
+            skips.append(self.reduce[k](self.resize[k](self.project[k](deep))))
         x = self.fuse[3](skips[3], None, skips[2].shape[-2:])
         x = self.fuse[2](x, skips[2], skips[1].shape[-2:])
         x = self.fuse[1](x, skips[1], skips[0].shape[-2:])
-        height, width = skips[0].shape[-2:]
-        return self.head(self.fuse[0](x, skips[0], (2 * height, 2 * width)))
+        h, w = skips[0].shape[-2:]
+        return self.head(self.fuse[0](x, skips[0], (2 * h, 2 * w)))
 
 
 def upsample(z: Tensor, size: tuple[int, int]) -> Tensor:
@@ -294,7 +294,7 @@ def load_checkpoint(path: Path, remedy: str = "give a state_dict") -> dict:
     except Exception as e:  # noqa: BLE001 - the readers raise all kinds on broken bytes
         kind = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(e))
         why = f"holds a {kind[1]}" if kind else f"{type(e).__name__}: {first_line(e)}"
-        raise InputError(f"{path}: no loadable checkpoint ({why}); {remedy}") from None
+        raise InputError(f"{path}: not a loadable checkpoint ({why}); {remedy}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: holds a {type(found).__name__}; {remedy}")
     return found
@@ -332,7 +332,7 @@ def find_part(found: dict, own: dict[str, Tensor]) -> dict[str, Tensor]:
     first = next(iter(own))
     best = {}
     dicts = [found]
-    for state in dicts:
+    for state in dicts:  # it grows while it is walked
         dicts += [value for value in state.values() if isinstance(value, dict)]
         named = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
         for prefix in ["", *sorted(k.removesuffix(first) for k in named if k.endswith(first))]:
@@ -456,10 +456,10 @@ def predict(net: Segmenter, image: Tensor, settings: Namespace) -> Tensor:
         return (total / count)[:, :, :height, :width]
 
 
-def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
+def confusion_matrix(prediction: Tensor, label: Tensor, C: int) -> Tensor:
     """[C, C] int64, row = label, column = prediction; ignored pixels are left out."""
-    cell = torch.where(label == data.IGNORE, classes**2, label * classes + prediction)
-    return torch.bincount(cell.flatten(), minlength=classes**2 + 1)[:-1].view(classes, classes)
+    cell = torch.where(label == data.IGNORE, C * C, label * C + prediction)
+    return torch.bincount(cell.flatten(), minlength=C * C + 1)[:-1].view(C, C)
 
 
 def iou_of(confusion: Tensor, classes: list[str]) -> tuple[float, dict[str, float | None]]:
@@ -471,39 +471,36 @@ def iou_of(confusion: Tensor, classes: list[str]) -> tuple[float, dict[str, floa
 
 
 def absent_note(iou: dict[str, float | None]) -> str:
-    """Over how many of the classes an mIoU is, where some are in no val label or prediction."""
+    """' over 19 of 21 classes (absent: a, b)', where the val images have neither; else ''."""
     absent = [name for name, value in iou.items() if value is None]
     note = f" over {len(iou) - len(absent)} of {len(iou)} classes (absent: {', '.join(absent)})"
     return note if absent else ""
 
 
-@torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, benchmark=False)  # it would tune anew for each size
 def evaluate(
     nets: dict[str, Segmenter], split: data.Split, args: Namespace, device: torch.device
 ) -> dict[str, Tensor]:
     """Confusion matrices [C, C] over the val images, each once over all ranks. Ends in train()."""
     rank, world = rank_world()
-    classes = len(split.classes)
-    total = {n: torch.zeros(classes, classes, dtype=torch.int64, device=device) for n in nets}
+    C = len(split.classes)
+    total = {name: torch.zeros(C, C, dtype=torch.int64, device=device) for name in nets}
+    every = nn.ModuleDict(nets).eval()
     for grid in {net.backbone.grid for net in nets.values()}:
-        alike = {name: net.eval() for name, net in nets.items() if net.backbone.grid == grid}
-        batches = data.ValBatches(split.val, classes, grid, args.crop_size)
+        alike = {name: net for name, net in nets.items() if net.backbone.grid == grid}
+        batches = data.ValBatches(split.val, C, grid, args.crop_size)
         for batch in data.val_batches(batches, rank, world, args.workers or 0, device):
             for name, net in alike.items():
                 prediction = predict(net, batch["image"], args).argmax(1)  # [b, H, W]
-                total[name] += confusion_matrix(prediction, batch["label"], classes)
-    for net in nets.values():
-        net.train()
+                total[name] += confusion_matrix(prediction, batch["label"], C)
+    every.train()
     return {name: rank_sum(t) for name, t in total.items()}
 
 
-@torch.no_grad()
 def predict_image(net: Segmenter, image: Image.Image, settings: Namespace) -> np.ndarray:
     """Class ids [H, W] uint8 of a PIL image by a network in eval mode, padded as in evaluation."""
-    batches = data.ValBatches([], 1, net.backbone.grid, settings.crop_size)
-    height, width = batches.padded(image.size)
-    padded = Image.new("RGB", (width, height), data.FILL)
+    size = data.padded_size(image.size, net.backbone.grid, settings.crop_size)
+    padded = Image.new("RGB", size, data.FILL)
     padded.paste(image.convert("RGB"))
     x = torch.from_numpy(np.array(padded)).to(next(net.parameters()).device)  # [H, W, 3]
     x = data.normalize(x[None].permute(0, 3, 1, 2).float() / 255)
@@ -520,7 +517,7 @@ def load_best(path: str | Path, device: str = "cpu") -> tuple[Segmenter, list[st
         settings = Namespace(**saved["eval"])
         classes = list(saved["classes"])
     except (InputError, AttributeError, KeyError, RuntimeError, TypeError) as e:
-        raise InputError(f"{path}: no best.pt of ours ({first_line(e)}); give one") from None
+        raise InputError(f"{path}: not a best.pt of ours ({first_line(e)}); give one") from None
     return net.place(torch.device(device)).eval(), classes, settings
 
 
@@ -586,14 +583,14 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     g = p.add_argument_group("data")
     data.add_flags(g)
     g.add_argument("--crop-size", type=STEPS, help="side of the square training crop, pixels")
-    g.add_argument("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="random scale")
-    g.add_argument("--batch-size", type=STEPS, help="labelled images a step; as many unlabelled")
-    g.add_argument("--workers", type=COUNT, help="loaders a rank; unset: 4; 0 for shapes, tests")
+    g.add_argument("--scale", type=POSITIVE, nargs=2, metavar=("MIN", "MAX"), help="scale factor")
+    g.add_argument("--batch-size", type=STEPS, help="labelled images per step; as many unlabelled")
+    g.add_argument("--workers", type=COUNT, help="loaders per rank; unset: 4 (shapes: 0)")
     g = p.add_argument_group("network")
     g.add_argument("--backbone", choices=BACKBONES, help="encoder")
     g.add_argument("--weights", help="imagenet (DINOv2: its own), none, or a state-dict file")
-    g.add_argument("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: ViT")
-    g.add_argument("--output-stride", type=int, choices=(8, 16), default=16, help="of a CNN")
+    g.add_argument("--decoder", choices=("deeplab", "dpt"), default="deeplab", help="dpt: DINOv2")
+    g.add_argument("--output-stride", type=int, choices=(8, 16), default=16, help="CNN's last map")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=STEPS, help="passes over the unlabelled images")
     g.add_argument("--iters", type=STEPS, help="steps; overrides --epochs")
@@ -609,7 +606,7 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     g.add_argument("--compile", action="store_true", help="torch.compile the networks")
     g.add_argument("--seed", type=COUNT, default=0, help="of weights, batches and augmentation")
     g = p.add_argument_group("evaluation and output")
-    g.add_argument("--eval-mode", choices=("whole", "slide"), default="whole", help="or windows")
+    g.add_argument("--eval-mode", choices=("whole", "slide"), default="whole", help="or crops")
     g.add_argument("--eval-every", type=STEPS, help="steps between evaluations; unset: an epoch")
     g.add_argument("--save-every", type=STEPS, help="steps between saves, besides evaluations")
     g.add_argument("--log-every", type=STEPS, default=20, help="steps between log lines")
@@ -618,12 +615,12 @@ def make_parser(script: str, description: str) -> ArgumentParser:
     g.add_argument("--resume-edited", action="store_true", help="resume despite edited code")
     g.add_argument("--test-only", type=Path, metavar="CKPT", help="evaluate a best.pt and stop")
     g.add_argument("--predict", type=Path, metavar="PICTURES", help="file or folder to label")
-    g.add_argument("--save-predictions", type=Path, metavar="DIR", help="for PNGs, of --predict")
+    g.add_argument("--save-predictions", type=Path, metavar="DIR", help="folder for its PNGs")
     return p
 
 
 def parse(p: ArgumentParser, argv: list[str] | None, **method: dict) -> Namespace:
-    """Presets of data set and backbone, then `method`: all=dict(...), then <data set>=dict(...)."""
+    """Parses over the presets of data set and backbone, then of `method`: all=, <data set>=dict."""
     words = sys.argv[1:] if argv is None else argv  # --help waits for the presets
     first = p.parse_known_args([word for word in words if word not in ("-h", "--help")])[0]
     saved = load_checkpoint(first.test_only) if first.test_only else {}
@@ -635,10 +632,11 @@ def parse(p: ArgumentParser, argv: list[str] | None, **method: dict) -> Namespac
     preset = data.PRESETS[dataset] | (data.DINOV2_PRESETS[dataset] if vit else {})
     rate = {"lr": preset["lr"]} if vit else {}  # a script's own is for CNNs
     preset |= method.get("all", {}) | method.get(dataset, {}) | rate
-    if isinstance(saved.get("eval"), dict):  # evaluate as in its run; text, for argparse to check
-        preset |= {k: str(saved["eval"].get(k)) for k in ("crop_size", "eval_mode", "amp")}
+    if isinstance(saved.get("eval"), dict):  # evaluate as in its run, unless a flag says otherwise
+        for name, value in saved["eval"].items():
+            words = [f"--{name.replace('_', '-')}", str(value), *words]
     p.set_defaults(dataset=dataset, **preset)
-    args = p.parse_args(argv)
+    args = p.parse_args(words)
     told = [args.test_only, args.predict, args.save_predictions]
     if any(told[1:]) and not all(told):
         raise InputError("--predict, --save-predictions: give both, and --test-only CKPT")
@@ -654,9 +652,9 @@ def settle(args: Namespace, split: data.Split, world: int, device: torch.device)
     """Fills the flags left open and refuses what cannot work; InputError names the flag."""
     if args.batch_size % (2 * world):
         what = f"--batch-size {args.batch_size} on {world} ranks"
-        raise InputError(f"{what}: CutMix pairs images; give a multiple of {2 * world}")
+        raise InputError(f"{what}: images are paired; give a multiple of {2 * world}")
     if len(split.unlabeled) < 2 and not args.labeled_only:
-        raise InputError(f"--split {args.split}: under 2 unlabelled images; give --labeled-only")
+        raise InputError(f"--split {args.split}: fewer than 2 unlabelled; give --labeled-only")
     epoch = max(1, len(split.unlabeled or split.labeled) // args.batch_size)
     args.iters = args.iters or args.epochs * epoch
     args.eval_every = args.eval_every or epoch
@@ -672,6 +670,10 @@ def settle(args: Namespace, split: data.Split, world: int, device: torch.device)
         args.out = Path("runs") / f"{method}-{where}-{name}-s{args.seed}"
     data.check_shared_memory(args, world, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), split)
     data.look_at_masks(split)
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # torchrun's restarts go on
+    if args.overwrite and first and rank_world()[0] == 0 and (args.out / "latest.pt").exists():
+        with writing(args.out):  # renamed until the first step: till then nothing is lost
+            os.replace(args.out / "latest.pt", args.out / "latest.old.pt")
     if args.compile:  # a part in training, in eval and at each size share one cache, of 8
         torch._dynamo.config.cache_size_limit = 64
 
@@ -709,8 +711,6 @@ def resume(args: Namespace, split: data.Split, state: dict[str, object]) -> int:
     """Loads latest.pt into `state`, returns its step, else 0. InputError if its run was another."""
     latest = args.out / "latest.pt"
     again = "give another --out, or --overwrite"
-    if args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return 0  # the first attempt alone: torchrun's restarts go on
     if not latest.exists():
         if (args.out / "best.pt").exists() and not args.overwrite:
             raise InputError(f"{args.out}: holds best.pt, but no latest.pt to go on from; {again}")
@@ -718,12 +718,12 @@ def resume(args: Namespace, split: data.Split, state: dict[str, object]) -> int:
     saved = load_checkpoint(latest, again)
     was = saved.get("flags")
     if not isinstance(was, dict):
-        raise InputError(f"{latest}: no latest.pt of ours; {again}")
+        raise InputError(f"{latest}: not a latest.pt of ours; {again}")
     now = flags_of(args, split)
     differ = {k: f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]}
     edited = differ.pop("sources", None)
     if differ:
-        raise InputError(f"{args.out}: of other flags ({'; '.join(differ.values())}); {again}")
+        raise InputError(f"{args.out}: other flags ({'; '.join(differ.values())}); {again}")
     if edited and not args.resume_edited:
         raise InputError(f"{args.out}: the code was edited since; {again}, or --resume-edited")
     try:
@@ -768,9 +768,9 @@ class Log:
             about["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         with writing(args.out):
             args.out.mkdir(parents=True, exist_ok=True)
-            if start == 0:  # latest.pt first: nothing then goes on from it without its log
-                (args.out / "latest.pt").unlink(missing_ok=True)
+            if start == 0:
                 (args.out / "best.pt").unlink(missing_ok=True)
+                (args.out / "latest.old.pt").unlink(missing_ok=True)
             text = json.dumps(vars(args) | about, default=str, indent=1)
             (args.out / "args.json").write_text(text + "\n", "utf-8")
             temporary = self.path.with_suffix(".tmp")
@@ -795,18 +795,18 @@ class Log:
         for step, row in enumerate(rows.tolist(), done - len(rows) + 1):
             for name, value in zip(self.names[::-1], row[::-1], strict=True):  # the total is last
                 if not math.isfinite(value):
-                    raise RunError(f"step {step}: {name} is {value}; {LOWER}")
+                    raise RunError(f"step {step}: {name} is {value}; {REMEDY}")
 
     def train(self, done: int, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
         """The line after step `done`: means of all terms since the line before, over all ranks."""
         self.check(done)
         if scaler.is_enabled() and scaler.get_scale() < 1:
-            raise RunError(f"step {done}: gradients are not finite, fp16 skips them; {LOWER}")
+            raise RunError(f"step {done}: gradients are not finite, fp16 skips them; {REMEDY}")
         terms = dict(zip(self.names, torch.stack(self.rows).mean(0).tolist(), strict=True))
         terms["lr"] = optimizer.param_groups[0]["lr"]
         line = {"step": done} | {name: float(f"{v:.6g}") for name, v in terms.items()}
         now = time.perf_counter()
-        images = self.args.batch_size * (1 if self.args.labeled_only else 2)
+        images = self.args.batch_size * (1 if self.args.labeled_only else 2)  # x and u
         line["images_s"] = round(len(self.rows) * images / (now - self.clock), 2)
         if torch.cuda.is_available():
             line["memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
@@ -843,7 +843,7 @@ def save(state: dict[str, object], split: data.Split, log: Log, done: int) -> No
     for net in (value for value in state.values() if isinstance(value, nn.Module)):
         finite = [t.isfinite().all() for t in net.state_dict().values() if t.is_floating_point()]
         if not torch.stack(finite).all():
-            raise RunError(f"step {done}: a weight is not finite; {LOWER}")
+            raise RunError(f"step {done}: a weight is not finite; {REMEDY}")
     if rank_world()[0] == 0:
         saved = {name: value.state_dict() for name, value in state.items()}
         saved |= {"flags": flags_of(log.args, split), "step": done}
@@ -903,7 +903,7 @@ def catch_signals() -> None:
                 print(f"signal {number}: ended at once; the last checkpoint stays", flush=True)
                 os._exit(128 + number)
             _process.signal = number
-            _process.until = time.monotonic() + 1  # of a cluster, and once more of torchrun
+            _process.until = time.monotonic() + 1  # torchrun repeats a cluster's SIGTERM
 
     threading.Thread(target=wait, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -921,7 +921,7 @@ def stop_signal(due: bool) -> int:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs a script, then ends the process past atexit; status 2: bad input, 1: a failed run."""
+    """Runs a script, ends the process without atexit; status 2: bad input, 1: a failed run."""
     status, line = 1, ""
     rank, world = rank_world()
     try:
@@ -939,7 +939,7 @@ def launch(main: Callable[[], None]) -> None:
         line = "interrupted before the first step"
     except BaseException as e:
         told = first_line(e)
-        if isinstance(e, MemoryError) or re.search("out of memory|allocate|shm|shared mem", told):
+        if isinstance(e, MemoryError) or re.search("(of|enough|allocate|shared) memory", told):
             line = f"{told}; lower --batch-size, --crop-size or --workers, or --eval-mode slide"
         else:
             traceback.print_exc()

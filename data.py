@@ -123,7 +123,7 @@ def _list(path: Path, blank: bool = False) -> list[str]:
     try:
         text = path.read_text("utf-8-sig").rstrip()  # -sig: without a byte order mark
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not found, or no UTF-8 text ({e}); give such a file") from None
+        raise InputError(f"{path}: not found, or not UTF-8 text ({e}); give such a file") from None
     if not text:
         raise InputError(f"{path}: an empty file; give at least one line")
     return [line.strip() for line in text.splitlines() if blank or line.strip()]
@@ -198,7 +198,7 @@ def _files(folder: Path, suffixes: list[str], left: dict[Path, str]) -> dict[str
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*"), key=lambda f: (f.stem, f.suffix)):
         if path.name[0] == "." or path.is_dir() or path.suffix.lower() not in suffixes:
-            left[path] = f"no {' '.join(suffixes)} file"
+            left[path] = f"not a {' '.join(suffixes)} file"
         elif path.stem in found:
             raise InputError(f"{found[path.stem]} and {path.name}: one stem; rename one of them")
         else:
@@ -284,7 +284,7 @@ def draw_shapes(index: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(image, 0, 255).astype(np.uint8), label
 
 
-def _open(path: Path, what: str, decode: bool = True) -> tuple[Image.Image, int]:
+def _open(path: Path, what: str, decode: bool = True) -> tuple[Image.Image, int | None]:
     """A picture, upright, and the EXIF orientation that it was stored with (2 to 8: not upright).
 
     `decode` False: the header alone. InputError for what Pillow cannot read or would misread.
@@ -342,7 +342,7 @@ def read_mask(item: Item, size: tuple[int, int], num_classes: int) -> Image.Imag
         train_ids = {raw: k for k, raw in enumerate(CITYSCAPES_IDS)}
         mask = mask.point([train_ids.get(raw, IGNORE) for raw in range(256)])
     if mask.size != size:
-        raise InputError(f"{item.mask}: {mask.size} pixels, its upright image {size}; mend one")
+        raise InputError(f"{item.mask}: {mask.size} pixels, its upright image {size}; fix one")
     if bad := [v for v, n in enumerate(mask.histogram()) if n and num_classes <= v != IGNORE]:
         why = f"value {bad[0]}, but classes are 0 to {num_classes - 1} and 255 is ignored"
         remedy = "map it to one of these"
@@ -387,7 +387,7 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     if source.fine and all(i.id in source.fine for i in source.train):
         said += " (no SBD: VOC's own images alone)"
         if protocol != "classic":
-            raise InputError(f"{source.root}: {said}; add SBD by python data.py --download")
+            raise InputError(f"{source.root}: {said}; add SBD: data.py --download, and --root")
 
     seen = {}
     for part, items in (("val", source.val), ("labelled", labeled), ("unlabelled", unlabeled)):
@@ -413,7 +413,7 @@ def make_split(source: Source, split: str, split_seed: int, protocol: str) -> Sp
     notes = []
     if source.left:
         why = "; ".join(sorted(set(source.left.values())))
-        notes.append(f"{source.root}: {len(source.left)} files left out ({why}); see data.py")
+        notes.append(f"{source.root}: {len(source.left)} files left out ({why}); run data.py")
     if unlisted := len({i.image for i in source.train} - seen.keys()):
         notes.append(f"{said}: {unlisted} training images are in neither list and left out")
     return Split(labeled, unlabeled, source.val, source.classes, digest, line, notes)
@@ -484,7 +484,7 @@ def look_at_masks(split: Split) -> None:
         if time.monotonic() > end:
             break
     if shown == 0:
-        raise InputError(f"{split.val[0].mask.parent}: nothing but 255 (ignored); no mIoU of it")
+        raise InputError(f"{split.val[0].mask.parent}: only 255 (ignored); no mIoU of that")
 
 
 # --------------------------------------------------------------------------- batches
@@ -661,35 +661,36 @@ def train_batches(
         yield batch
 
 
+def padded_size(size: tuple[int, int], grid: int, crop: int) -> tuple[int, int]:
+    """The (width, height) an image is evaluated at: the next that equals `crop` modulo `grid`."""
+    # aligned corners then put the cells of a map as far apart as in a training crop
+    width, height = size
+    return width + (crop - width) % grid, height + (crop - height) % grid
+
+
 class ValBatches(Dataset):
     """Every val image once, in batches of one padded size that do not depend on who reads them.
 
     image [b, H, W, 3] uint8, label [b, H, W] uint8, both padded at the right and bottom (label 255)
-    to the smallest size congruent to `crop` modulo `grid`: aligned corners then put cells as in a
-    training crop. id [b]. VAL_IMAGES and VAL_PIXELS bound b.
+    to `padded_size`. id [b]. VAL_IMAGES and VAL_PIXELS bound b.
     """
 
     def __init__(self, items: list[Item], num_classes: int, grid: int, crop: int = 0) -> None:
         self.items, self.num_classes, self.grid, self.crop = items, num_classes, grid, crop
         buckets: dict[tuple[int, int], list[Item]] = {}
         for item in items:
-            buckets.setdefault(self.padded(_size(item)), []).append(item)
+            buckets.setdefault(padded_size(_size(item), grid, crop), []).append(item)
         self.batches = []
-        for (h, w), members in buckets.items():
+        for (w, h), members in buckets.items():
             n = max(1, min(VAL_IMAGES, VAL_PIXELS // (h * w)))
             self.batches += [members[i : i + n] for i in range(0, len(members), n)]
-
-    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) of an image to the (height, width) that it is evaluated at."""
-        width, height = size
-        return height + (self.crop - height) % self.grid, width + (self.crop - width) % self.grid
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, k: int) -> dict:
         items = self.batches[k]
-        height, width = self.padded(_size(items[0]))
+        width, height = padded_size(_size(items[0]), self.grid, self.crop)
         image = np.full((len(items), height, width, 3), FILL, np.uint8)
         label = np.full((len(items), height, width), IGNORE, np.uint8)
         for b, item in enumerate(items):
@@ -720,7 +721,7 @@ def check_shared_memory(args: argparse.Namespace, world: int, ranks: int, split:
     # bytes a pixel: x 3, y 1, x_valid 1; u 3, u_valid 1, cutmix 2
     ranks = min(world, ranks)  # plain python is one, whatever a cluster sets
     need = args.batch_size // world * args.crop_size**2 * (5 if args.labeled_only else 11)
-    need += 4 * max(width * height, min(VAL_PIXELS, 16 * width * height))
+    need += 4 * max(width * height, min(VAL_PIXELS, VAL_IMAGES * width * height))
     need = (need + 2**16) * (2 * args.workers + 1) * ranks  # two a worker wait
     free = shutil.disk_usage("/dev/shm").free
     if free < need:
@@ -864,7 +865,7 @@ def add_flags(group: argparse._ActionsContainer) -> None:
     """The flags of a data set and its split, for a parser or a group of it."""
     group.add_argument("--dataset", choices=tuple(PRESETS), help="unset: VOC at --root, or shapes")
     group.add_argument("--root", type=Path, default=ROOT, help="folder of the data set")
-    group.add_argument("--protocol", choices=PROTOCOLS, default="classic", help="VOC's masks")
+    group.add_argument("--protocol", choices=PROTOCOLS, default="classic", help="VOC's mask pool")
     group.add_argument("--split", default="1/16", help="labelled: share, full, count, list folder")
     group.add_argument("--split-seed", type=COUNT, default=0, help="draws a share or count")
 

@@ -2,9 +2,8 @@
 
 Two students S1, S2 learn from each other's pseudo-labels and from those of the *other* student's
 mean teacher (T1 = EMA of S1, T2 = EMA of S2). Students see CutMixed strong views, teachers weak
-ones. In the semi-supervised losses the logits of the networks of --fa are augmented implicitly:
-shifted by what a Gaussian around each pixel's feature, with its class's running covariance, would
-do to the CE.
+ones. In these losses the logits of the networks of --fa are augmented implicitly: shifted as if
+each pixel's feature were drawn from a Gaussian with its class's running covariance.
 
     L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss
 
@@ -47,9 +46,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g = p.add_argument_group("MKD")
     g.add_argument("--ema", type=SHARE, default=0.6, help="upper limit of the teachers' m")
     g.add_argument("--lambda-st", type=WEIGHT, default=1.5, help="weight of L_st, by the teachers")
-    g.add_argument("--lambda-ss", type=WEIGHT, default=1.0, help="weight of L_ss, of the students")
+    g.add_argument("--lambda-ss", type=WEIGHT, default=1.0, help="weight of L_ss, by the students")
     g.add_argument("--threshold-ss", type=SHARE, default=0.0, help="tau of L_ss, between students")
-    g.add_argument("--fa", choices=AUGMENTED, default="students", help="networks to augment")
+    g.add_argument("--fa", choices=AUGMENTED, default="students", help="logits to augment")
     g.add_argument("--lambda0", type=WEIGHT, default=1.5, help="strength of --fa at the end")
     g.add_argument("--keep-padding", action="store_true", help="padding takes part, as released")
     g.add_argument("--teacher-mode", choices=("train", "eval"), default="eval", help="batch norm")
@@ -57,7 +56,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     shapes = dict(fa="none", threshold=0.95, threshold_ss=0.95)
     shapes.update(batch_size=4, lr=2e-3, epochs=4)
     args = common.parse(p, argv, all=dict(threshold=0.0), shapes=shapes)
-    if args.fa == "all" and args.teacher_mode == "eval":  # Sigma keeps every step's features
+    has_batch_norm = args.decoder == "deeplab"
+    if args.fa == "all" and args.teacher_mode == "eval" and has_batch_norm:
+        # Sigma keeps every step's features
         why = "features by running statistics explode at first"
         raise data.InputError(f"--fa all: {why}; give --teacher-mode train, too")
     return args
@@ -89,23 +90,21 @@ def draw_boxes(crop: int, r: np.random.Generator) -> list[list[int]]:
     """Three boxes of area U(.25, .5): h = area^U(0, 1), w = area / h, times sqrt(1/3) (step 4)."""
     boxes = []
     for _ in range(3):
-        area, share, top, left = r.uniform((0.25, 0, 0, 0), (0.5, 1, 1, 1))
-        h = area**share
-        height = round(crop * h * math.sqrt(1 / 3))
-        width = round(crop * area / h * math.sqrt(1 / 3))
-        top = round(top * (crop - height))
-        left = round(left * (crop - width))
+        area, s, y, x = r.uniform((0.25, 0, 0, 0), (0.5, 1, 1, 1))
+        tall = area**s  # a share of the crop, as the area
+        height = round(crop * tall * math.sqrt(1 / 3))
+        width = round(crop * area / tall * math.sqrt(1 / 3))
+        top = round(y * (crop - height))
+        left = round(x * (crop - width))
         boxes.append([top, left, top + height, left + width])
     return boxes
 
 
 def mix_mask(boxes: list[list[list[int]]], crop: int) -> Tensor:
-    """M [B, H, W] (step 4): three boxes an image XORed onto zeros; False is the partner's pixel."""
-    M = np.zeros((len(boxes), crop, crop), bool)
-    for mask, three in zip(M, boxes, strict=True):
-        for top, left, bottom, right in three:
-            mask[top:bottom, left:right] ^= True
-    return torch.from_numpy(M)
+    """M [B, H, W] (step 4): three boxes an image XORed; False is the partner's pixel."""
+    every = [box for three in boxes for box in three]
+    inside = data.rect_masks(every, crop).unflatten(0, (-1, 3))  # [B, 3, H, W]
+    return inside[:, 0] ^ inside[:, 1] ^ inside[:, 2]
 
 
 def partner(values: Tensor) -> Tensor:
@@ -309,14 +308,14 @@ def mkd_step(
     # L = L_sup,1 + L_sup,2 + 1.5 L_st + 1.0 L_ss (step 14)
     unsupervised = args.lambda_st * loss_st + args.lambda_ss * loss_ss
     loss = loss_sup1 + loss_sup2 + ramp * unsupervised
-    keep = (keep_t1.float() + keep_t2.float()) / 2
+    confident = (keep_t1.float() + keep_t2.float()) / 2
     return {
         "loss": loss,
         "L_sup1": loss_sup1,
         "L_sup2": loss_sup2,
         "L_st": loss_st,
         "L_ss": loss_ss,
-        "confident": masked_mean(keep, half_valid, half_valid),
+        "confident": masked_mean(confident, half_valid, half_valid),
     }
 
 
@@ -405,7 +404,7 @@ def main(argv: list[str] | None = None) -> None:
         # poly: lr (1 - step/iters)^0.9; ramp: the unsupervised terms' weight, rising from 0 to 1
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - step / args.iters) ** 0.9
-        ramp = min(1.0, step / max(1.0, args.ramp * args.iters)) if args.ramp > 0 else 1.0
+        ramp = min(1.0, step / (args.ramp * args.iters)) if args.ramp > 0 else 1.0
 
         losses = mkd_step(args, nets, stats, model, autocast, batch, ramp)
 

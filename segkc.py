@@ -287,8 +287,8 @@ def main(argv: list[str] | None = None) -> None:
     senior_lr = args.senior_lr or args.lr
     heads = [*senior.head_parameters(), *junior.head_parameters(), *pair.projections()]
     groups = [
+        {"params": list(junior.backbone.parameters()), "initial_lr": args.lr},  # the logged lr
         {"params": list(senior.backbone.parameters()), "initial_lr": senior_lr},
-        {"params": list(junior.backbone.parameters()), "initial_lr": args.lr},
         {"params": heads, "initial_lr": args.lr * args.head_lr_mult},
     ]
     if args.optimizer == "sgd":
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         # poly: lr (1 - step/iters)^0.9; ramp: the unsupervised terms' weight, rising from 0 to 1
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - step / args.iters) ** 0.9
-        ramp = min(1.0, step / max(1.0, args.ramp * args.iters)) if args.ramp > 0 else 1.0
+        ramp = min(1.0, step / (args.ramp * args.iters)) if args.ramp > 0 else 1.0
 
         losses = segkc_step(args, nets, model, autocast, batch, ramp)
 

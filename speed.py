@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g = p.add_argument_group("SPEED")
     g.add_argument("--labeled-only", action="store_true", help="supervised baseline of all methods")
     g.add_argument("--grid", type=STEPS, default=4, help="n: EntropyMix cells a side")
-    g.add_argument("--pick", choices=("max", "min", "random"), default="max", help="by entropy")
+    g.add_argument("--pick", choices=("max", "min", "random"), default="max", help="which entropy")
     g.add_argument("--entropy-mix", action=flag, default=True, help="off: learn from u1 alone")
     g.add_argument("--host-cutmix", action=flag, default=True, help="CutMix before EntropyMix")
     g.add_argument("--lambda-u", type=WEIGHT, default=1.0, help="weight of L_u, pseudo-labels")
@@ -145,7 +145,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor, dim: int) -> Tensor:
 def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, temperature: float = 0.1) -> Tensor:
     """L_feat (step 9): KL(S_T || S_m), S = row-softmax(f f^T / temperature), f unit at stride 16.
 
-    f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Mostly padded cells are no row and no column of S.
+    f_T, f_m [B, A, h, w]; valid_m [B, H, W]. Mostly padded cells are left out of S.
     """
     pool = max(1, round(16 * f_m.shape[-1] / valid_m.shape[-1]))  # a cell's side: 4; ViT 1, DPT 9
     # N equal cells of 4x4; at crops of 16k + 1 they are 5x5, and neighbours share a row of f
@@ -156,7 +156,7 @@ def relation_loss(f_t: Tensor, f_m: Tensor, valid_m: Tensor, temperature: float 
     s = f.transpose(1, 2) @ f / temperature
     s = s.masked_fill(~keep.repeat(2, 1)[:, None], -1e4)
     log_s_t, log_s_m = s.log_softmax(2).split(len(f_t))  # [B, N, N] each
-    kl = kl_divergence(log_s_t, log_s_m, 2)  # [B, N]
+    kl = kl_divergence(log_s_t.detach(), log_s_m, 2)  # [B, N]
     return masked_mean(kl, keep, keep)
 
 
@@ -171,7 +171,10 @@ def speed_step(
     batch: dict,
     ramp: float,
 ) -> dict[str, Tensor]:
-    """The losses of a step, "loss" the total. `model` is `net`, in DDP if there are ranks."""
+    """The losses of a step, "loss" the total. `model` is `net`, in DDP if there are ranks.
+
+    `batch` is of data.train_batches; `ramp`, in [0, 1], weights the unsupervised terms.
+    """
     # Views (step 1): x labelled; u, u1, u2 of one unlabelled crop; u1, u2 CutMixed with own boxes
     x = data.normalize(batch["x"])
     y = batch["y"]
@@ -198,7 +201,7 @@ def speed_step(
         f_u = f_views[: len(u)]
 
         # EntropyMix (steps 4, 5): m takes each cell from the view with the higher entropy H_v.
-        # Both views have the targets of u, so cutting and mixing them is one cut, with box_m.
+        # Both views have the targets of u, so both steps are one cut of these, with box_m.
         m = u1
         box_m = box_1
         if args.entropy_mix:
@@ -330,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
         # poly: lr (1 - step/iters)^0.9; ramp: the unsupervised terms' weight, rising from 0 to 1
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * (1 - step / args.iters) ** 0.9
-        ramp = min(1.0, step / max(1.0, args.ramp * args.iters)) if args.ramp > 0 else 1.0
+        ramp = min(1.0, step / (args.ramp * args.iters)) if args.ramp > 0 else 1.0
 
         if args.labeled_only:
             losses = supervised_step(args, model, autocast, batch)

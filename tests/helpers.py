@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -48,7 +49,7 @@ def padded(case: str, b: int, h: int, w: int) -> Tensor:
 
 TINY = (
     "--dataset shapes --iters 2 --crop-size 49 --batch-size 2 --workers 0 --log-every 1 --ramp 0 "
-    "--amp off --weights none --optimizer sgd --lr 0.004 --head-lr-mult 3 --weight-decay 0.001 "
+    "--amp off --weights none --optimizer sgd --lr 0.004 --head-lr-mult 3 --weight-decay 0.2 "
     "--scale 0.3 0.8"  # images of 29 to 77 pixels: some crops are padded
 ).split()
 
@@ -168,16 +169,17 @@ def assert_same_terms(lines: list[dict], mine: list[dict], amp: str) -> None:
             assert abs(found - value) <= tolerance * abs(value) + 1e-12, (step, name, found, value)
 
 
-def assert_same_update(begin: dict, mine: dict, theirs: dict, most: float = 1e-2) -> None:
-    """Two state dicts moved alike from `begin`: relative distance of all their float entries."""
-    moved, apart = 0.0, 0.0
+def assert_same_update(begin: dict, mine: dict, theirs: dict, most: float = 0.15) -> None:
+    """Parameters of each part, and batch norm's statistics, which move more, moved alike."""
+    moved, apart = Counter(), Counter()
     assert mine.keys() == theirs.keys()
     for name, was in begin.items():
         if was.is_floating_point():
-            moved += (mine[name] - was).double().square().sum().item()
-            apart += (theirs[name] - mine[name]).double().square().sum().item()
-    assert moved > 0, "nothing was learnt"
-    assert (apart / moved) ** 0.5 < most, (apart, moved)
+            part = "statistics" if "running_" in name else name.split(".")[0]
+            moved[part] += (mine[name] - was).double().square().sum().item()
+            apart[part] += (theirs[name] - mine[name]).double().square().sum().item()
+    for part, value in moved.items():  # <=: MKD's teachers stay where they are in one step
+        assert apart[part] ** 0.5 <= most * value**0.5, (part, apart[part], value)
 
 
 def between(confidence: Tensor) -> float:

@@ -218,8 +218,8 @@ def free_port() -> int:
 def _fail_at() -> None:
     """DIE=rank:step:how[,...] in the environment: in its n-th life that rank dies at that step.
 
-    Steps count from the beginning of that life. In later lives rank 0 comes last: the others must
-    not read its old address meanwhile.
+    Steps count from the beginning of that life; 0: before it resumes. In later lives rank 0 comes
+    last: the others must not read its old address meanwhile.
     """
     deaths = os.environ.get("DIE", "").split(",")
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -229,13 +229,13 @@ def _fail_at() -> None:
         return
     rank, step, how = deaths[life].split(":")
 
-    def die() -> None:
+    def die(*_: object) -> None:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise common.RunError("planted")
 
     if rank == os.environ["RANK"]:
-        at_step(int(step), die).start()
+        (at_step(int(step), die) if step != "0" else mock.patch("common.resume", die)).start()
 
 
 def lines(path: Path) -> list[str]:

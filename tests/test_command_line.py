@@ -65,6 +65,7 @@ VOC = CNN | dict(crop_size=321, batch_size=8, epochs=80, lr=1e-3, head_lr_mult=1
 CITY = CNN | dict(crop_size=801, batch_size=8, epochs=240, lr=5e-3, head_lr_mult=1, threshold=0)
 VOC_VIT = VIT | dict(crop_size=518, batch_size=16, epochs=60, sup_loss="ce")
 CITY_VIT = VIT | dict(crop_size=798, batch_size=8, epochs=180)
+SHAPES = dict(weights="none", scale=(0.8, 1.25), ramp=0.5)
 OHEM = dict(sup_loss="ohem", ohem_share=0.156, eval_mode="slide")
 FIELD = {  # the field's protocols
     "pascal": VOC,
@@ -73,7 +74,8 @@ FIELD = {  # the field's protocols
     "pascal --backbone dinov2_vits14": VOC_VIT,
     "folder --backbone dinov2_vitb14": VOC_VIT,
     "cityscapes --backbone dinov2_vitb14": CITY_VIT | OHEM,
-    "shapes --backbone resnet18": dict(weights="none", scale=(0.8, 1.25), ramp=0.5, crop_size=65),
+    "shapes --backbone resnet18": SHAPES | dict(crop_size=65),
+    "shapes --backbone dinov2_vits14": VIT | SHAPES | dict(crop_size=70, lr=5e-4, head_lr_mult=1),
 }
 
 
@@ -190,12 +192,14 @@ OTHER, VGG = ["sky", "road", "cat"], dict(backbone="vgg", num_classes=3)
 CODE = {"a": Code()}
 PAGE = "hub/checkpoints/resnet18-f37072fd.pth"  # torch.hub's copy
 VIT_64 = "--crop-size 64 --backbone dinov2_vits14"
+ALL = lambda tmp: [p.unlink() for p in (tmp / "root/train/images").glob("t0[4-7]*")]  # noqa: E731
 HALF = lambda tmp: [truncate(p) for p in (tmp / "root/train/images").iterdir()]  # noqa: E731
 
 CASES: dict[str, tuple[Spoil, str, str]] = {
     # name: what is spoilt, flags, what the line must say: flag or file, value, remedy
     "split nonsense": (nothing, "--split nonsense", "--split nonsense | 1/8, full | a folder"),
     "folder without lists": (nothing, "--split {tmp}/root", "root/labeled.txt"),
+    "all labelled": (ALL, "", "--split full | fewer than 2 unlabelled | --labeled-only"),
     "list of bytes": (put("lists/labeled.txt", b"\x80\xff"), LISTS, "labeled.txt | text"),
     "one list": (put("lists/labeled.txt", b"t00"), LISTS, "unlabeled.txt | text"),
     "no pascal": (nothing, "--dataset pascal", "{tmp}/root | val.txt | --download"),
@@ -219,6 +223,7 @@ CASES: dict[str, tuple[Spoil, str, str]] = {
     "unknown network": (put("best.pt", lambda: best_pt(config=VGG)), TEST, "best.pt | vgg"),
     "windows off the patches": (put("best.pt", vit_pt), TEST + " --crop-size 64", "multiple of 14"),
     "strange config": (put("best.pt", lambda: best_pt(config=[1])), TEST, "best.pt | give"),
+    "strange amp": (put("best.pt", lambda: best_pt(eval=dict(amp="16"))), TEST, "--amp | '16'"),
     "strange data set": (put("best.pt", {"dataset": ["x"]}), TEST, "best.pt | give"),
     "predictions of a run": (nothing, "--save-predictions {tmp}/p", "--predict | --test-only CKPT"),
     "pictures, no network": (nothing, "--predict {tmp}", "--predict | --test-only CKPT"),

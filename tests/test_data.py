@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import procs
 import pytest
 import torch
 import torchvision.datasets
@@ -468,6 +469,7 @@ def test_palette_masks_keep_their_indices(tmp_path):
         assert np.array_equal(read(tmp_path / "p.png"), ids)
     save(tmp_path / "l.png", label)
     assert np.array_equal(read(tmp_path / "l.png"), label)
+    assert data.palette()[[8, 15, 20]].tolist() == [[64, 0, 0], [192, 128, 128], [0, 64, 128]]
 
 
 LABEL = blobs(0, 3)
@@ -507,30 +509,6 @@ def split_of(root: Path, split: str = "full") -> data.Split:
     return data.make_split(data.load_source("folder", root), split, 0, "classic")
 
 
-def same(a: dict, b: dict) -> bool:
-    """Whether two batches are bit-identical."""
-    assert a.keys() == b.keys()
-    return all(
-        torch.equal(v, b[k]) and v.dtype == b[k].dtype if torch.is_tensor(v) else v == b[k]
-        for k, v in a.items()
-    )
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_one_global_batch(folder, world):
-    split, args, n = split_of(folder), batch_args(batch_size=8), 8 // world
-    for step in range(5):
-        whole = data.TrainBatches(split, args)[step]
-        assert (whole["step"], whole["positions"]) == (step, list(range(8)))
-        assert whole["x"].shape == whole["u"].shape == (8, 32, 32, 3)
-        for rank in range(world):
-            want, rows = {"step": step, "order": whole["order"]}, slice(rank * n, (rank + 1) * n)
-            for name in whole.keys() - want.keys():
-                views = name in ("strong", "cutmix")
-                want[name] = whole[name][:, rows] if views else whole[name][rows]
-            assert same(data.TrainBatches(split, args, rank, world)[step], want)
-
-
 def test_steps_and_seeds_differ(folder):
     split = split_of(folder)
     streams = [data.TrainBatches(split, batch_args(seed=seed)) for seed in (0, 1)]
@@ -559,13 +537,15 @@ def test_any_start_step_and_any_workers(folder, start, workers):
     args = batch_args(workers=workers)
     there = list(data.train_batches(split_of(folder), args, 0, 1, start, CPU))
     assert len(there) == 12 - start
-    assert all(same(a, b) for a, b in zip(here[start:], there, strict=True))
+    procs.assert_same(here[start:], there)
 
 
 def test_what_reaches_the_device(folder):
     split, args = split_of(folder), batch_args(scale=(0.5, 0.7))
     raw = data.TrainBatches(split, args)[3]
     batch = next(data.train_batches(split, args, 0, 1, 3, CPU))
+    held = sum(t.nbytes for t in raw.values() if torch.is_tensor(t)) - raw["strong"].nbytes
+    assert held == len(raw["x"]) * 32**2 * 11  # as check_shared_memory counts
     for name in ("x", "u"):
         assert batch[name].dtype == torch.float32
         assert torch.equal(batch[name], raw[name].permute(0, 3, 1, 2).float() / 255)
@@ -592,7 +572,7 @@ def test_without_unlabelled_images_the_labelled_batches_are_the_same(folder):
     args.labeled_only = True
     alone = next(data.train_batches(split, args, 0, 1, 2, CPU))
     assert alone.keys() == set("step positions x y x_id x_valid".split())
-    assert same(alone, {k: full[k] for k in alone})
+    procs.assert_same(alone, {k: full[k] for k in alone})
 
 
 def shapes_split(n: int) -> data.Split:
@@ -668,7 +648,7 @@ def test_every_val_image_once_whatever_the_ranks(mixed_sizes, world, workers):
     ids = sorted(id for share in shares for b in share for id in b["id"])
     assert ids == [f"v{i}" for i in range(9)]
     for batch in (b for share in shares for b in share):
-        assert same(batch, alone[tuple(batch["id"])])
+        procs.assert_same(batch, alone[tuple(batch["id"])])
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])

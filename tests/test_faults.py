@@ -257,7 +257,7 @@ def test_out_of_memory(where, kind, told, step, root, out, tmp_path):
 
 def test_a_fault_of_the_gpu_is_told_in_full(root, tmp_path):
     """Guards: advice on memory in place of the line that failed."""
-    first = functools.partial(fail, "common.evaluate", RuntimeError, "an illegal memory access")
+    first = functools.partial(fail, "common.evaluate", RuntimeError, "illegal: ashm, allocated")
     text = tmp_path / "text"
     p = procs.start("speed", procs.flags("speed", root, tmp_path / "out"), text, first=first)
     assert procs.finish(p) == 1

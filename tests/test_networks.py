@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from common import build_network, load_weights
+from common import build_network, download_weights, load_weights
 from data import InputError
 
 
@@ -177,6 +177,10 @@ def test_dinov2_with_dpt_has_the_published_parameters(name: str, width: int, cou
     assert sum(p.numel() for p in net.parameters()) == count
     groups = [p for p in net.backbone.parameters() if p.requires_grad] + net.head_parameters()
     assert sorted(map(id, groups)) == sorted(id(p) for p in net.parameters() if p.requires_grad)
+    frozen = [n for n, p in net.named_parameters() if not p.requires_grad]  # in no loss
+    assert {n.split("skip")[0] for n in frozen} == {"backbone.mask_token", "decoder.fuse.3."}
+    assert net.backbone.grid == 14
+    assert {block.heads for block in net.backbone.blocks} == {width // 64}
     norms = [m for m in net.modules() if isinstance(m, nn.LayerNorm)]
     assert {m.eps for m in norms} == {1e-6}, "a difference that no output shows"
 
@@ -403,3 +407,7 @@ def test_imagenet_weights(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda u, **_: published[u])
     assert "120 keys matched, 0 missing, 2 unexpected" in load_weights(net, "resnet18", "imagenet")
     assert torch.equal(net.backbone.conv1.weight, state["conv1.weight"])
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda u, **_: u)
+    assert download_weights("resnet50").endswith("/resnet50-0676ba61.pth")  # V1, as the field
+    url = download_weights("dinov2_vits14")
+    assert url.endswith(".com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth")

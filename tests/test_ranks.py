@@ -226,9 +226,9 @@ def on_two(root, tmp_path_factory):
     """A script's run on two ranks: what each of them would save, and the run's result."""
 
     @functools.cache
-    def run(script: str) -> tuple[list[dict], dict]:
+    def run(script: str, more: str) -> tuple[list[dict], dict]:
         folder, port = tmp_path_factory.mktemp(script), procs.free_port()
-        argv = procs.flags(script, root, folder / "out")
+        argv = procs.flags(script, root, folder / "out", more)
         ranks = []
         for rank in (0, 1):
             first = functools.partial(one_of_two, rank, port, folder)
@@ -240,10 +240,11 @@ def on_two(root, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("script", METHODS)
-def test_networks_agree_over_ranks(script, on_two):
+@pytest.mark.parametrize("words", [*METHODS, "speed --labeled-only"])
+def test_networks_agree_over_ranks(words, on_two):
     """Guards: ranks that drift apart in their running statistics, teachers or class statistics."""
-    kept, result = on_two(script)
+    script, _, more = words.partition(" ")
+    kept, result = on_two(script, more)
     procs.assert_same(*kept)
     procs.assert_same(kept[0], {name: result["latest"][name] for name in kept[0]})
 
@@ -278,15 +279,19 @@ def test_torchrun_restarts(root, tmp_path, on_two):
     """Guards: a restart that hangs on dead ranks' addresses, starts anew, or ends elsewhere; ranks
     that wait for one that failed until the cluster's time is up; silence.
 
-    With --overwrite, which is for the first life alone.
+    With --overwrite over a finished run: it counts until the first step, and not after it.
     """
+    (tmp_path / "out").mkdir()
+    torch.save(on_two("mkd", "")[1]["latest"], tmp_path / "out/latest.pt")
     argv = ["mkd", *procs.flags("mkd", root, tmp_path / "out", "--overwrite")]
-    p = procs.torchrun(argv, "--nproc_per_node=2 --max-restarts=2", DIE="1:3:kill,1:3:raise")
-    text = procs.output(p, 120)
+    lives = "1:0:raise,1:3:kill,1:3:raise"
+    p = procs.torchrun(argv, "--nproc_per_node=2 --max-restarts=3", DIE=lives)
+    text = procs.output(p, 150)
     assert p.returncode == 0, text
     assert [int(n) for n in re.findall(r"going on from step (\d+)", text)] == [2, 4]
     assert re.search(r"\[rank 1\] error: planted", text)
-    procs.assert_same(procs.result(tmp_path / "out"), on_two("mkd")[1])
+    procs.assert_same(procs.result(tmp_path / "out"), on_two("mkd", "")[1])
+    assert not (tmp_path / "out/latest.old.pt").exists()
 
 
 def mean_of_one_pixel() -> float:

@@ -131,6 +131,9 @@ def test_killed_after_the_save_it_evaluates_first(script, root, tmp_path, straig
     log = procs.lines(out / "log.jsonl")
     (out / "log.jsonl").write_text("\n".join(log[:-1]) + "\n")  # as if killed before the line
     run(script, argv)
+    log = procs.lines(out / "log.jsonl")  # the last one is due, though not by --eval-every
+    (out / "log.jsonl").write_text("\n".join(log[:-1]) + "\n")
+    run(script, argv)
     procs.assert_same(procs.result(out), straight(script))
 
 

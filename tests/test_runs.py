@@ -34,13 +34,15 @@ def test_steps_of_epochs(labeled, unlabeled, epochs, steps, epoch):
     """Guards: epochs over the labelled images, or a step too few or many in each."""
     items = [data.Item(f"{k}", k, data.BUILT_IN) for k in range(labeled + unlabeled)]
     split = data.Split(items[:labeled], items[labeled:], items[:1], ["a", "b"], "", "", [])
-    argv = f"--dataset shapes --batch-size 8 --epochs {epochs} --out x".split()
+    argv = f"--dataset shapes --batch-size 8 --epochs {epochs}".split()
     for more, expected in (([], steps), (["--iters", "9"], 9)):
         args = procs.speed.parse_args([*argv, *more, *["--labeled-only"] * (unlabeled == 0)])
         args.eval_every = None  # shapes' preset has one
         common.settle(args, split, 1, torch.device("cpu"))
         assert args.iters == expected
         assert (args.eval_every, args.save_every) == (epoch, epoch)
+        assert (args.amp, args.workers) == ("off", 0)
+        assert str(args.out) == f"runs/speed{'' if unlabeled else '-labeled'}-shapes-1-16-s0"
 
 
 def miou_of(net: common.Segmenter, root: Path, args: argparse.Namespace) -> float:

@@ -69,19 +69,8 @@ def test_the_main_functions_share_their_blocks():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_are_written_plainly(name: str):
+def test_scripts_use_what_they_must(name: str):
     nodes = [*ast.walk(TREES[name])]
-    lines = len({n.lineno for n in nodes if isinstance(n, ast.stmt)})
-    made = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-    assigned = [n for n in nodes if isinstance(n, ast.Assign)]
-    tuples = [n for n in assigned if isinstance(n.targets[0], (ast.Tuple, ast.List))]
-    for n in tuples:
-        lazy = isinstance(n.value, ast.Call) and ast.unparse(n.value.func) in ("map", "zip")
-        assert not lazy, ast.unparse(n)
-        assert not isinstance(n.value, made), ast.unparse(n)
-    comprehensions = [n for n in nodes if isinstance(n, made)]
-    assert len(tuples) <= 0.04 * lines, (len(tuples), lines)
-    assert len(comprehensions) <= 0.04 * lines, (len(comprehensions), lines)
     imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
     assert not imported & (set(SCRIPTS) - {name}), "a script imports another"
@@ -97,6 +86,7 @@ def test_torch_is_in_view(name: str):
     words = "init_process_group SyncBatchNorm DistributedDataParallel torch.autocast GradScaler "
     words += "optim.SGD optim.AdamW zero_grad .backward() scaler.step ** 0.9"
     assert all(word in text for word in words.split())
+    assert text.count("convert_sync_batchnorm(") == text.count(" = common.build_network(")
 
 
 def test_common_owns_no_run():
@@ -125,6 +115,10 @@ def test_the_flags_default_to_the_notes_values():
         args = vars(script.parse_args(["--dataset", "pascal"]))
         assert {k: args[k] for k in expected | common} == expected | common
     assert segkc.parse_args(["--junior", "resnet34"]).backbone == "resnet34"
+    for script, flags in ((mkd, ["--fa", "all"]), (segkc, ["--weights", "x.pt"])):
+        with pytest.raises(data.InputError, match="give --(teacher-mode train|senior-weights)"):
+            script.parse_args(["--dataset", "pascal", *flags])
+    mkd.parse_args("--dataset pascal --fa all --backbone dinov2_vits14 --decoder dpt".split())
 
 
 # --------------------------------------------------------------------- values of short runs

@@ -143,7 +143,7 @@ def test_relation_loss(case: str, size: tuple[int, int]):
     assert found.item() == pytest.approx(mine.item(), rel=2e-5, abs=1e-6)
     gradients = [torch.autograd.grad(loss, f_m)[0] for loss in (mine, found)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-    if case == "all" and size[0] > 16:
+    if case == "all":
         assert mine > 0.01
 
 
@@ -267,4 +267,5 @@ def test_two_steps_recomputed(variant: str, tmp_path, monkeypatch):
     lines, latest, _ = h.run_main(speed, argv, tmp_path)
     assert 0.1 < lines[0]["confident"] < 0.9
     h.assert_same_terms(lines, mine, args.amp)
-    h.assert_same_update(begin, net.state_dict(), latest["net"])
+    most = 0.5 if args.amp == "bf16" else 0.15
+    h.assert_same_update(begin, net.state_dict(), latest["net"], most)
