@@ -187,8 +187,8 @@ class DPTDecoder(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         skips = []
-        for k, deep in enumerate(maps):
-            skips.append(self.reduce[k](self.resize[k](self.project[k](deep))))
+        for k, level in enumerate(maps):
+            skips.append(self.reduce[k](self.resize[k](self.project[k](level))))
         x = self.fuse[3](skips[3], None, skips[2].shape[-2:])
         x = self.fuse[2](x, skips[2], skips[1].shape[-2:])
         x = self.fuse[1](x, skips[1], skips[0].shape[-2:])
@@ -471,7 +471,7 @@ def iou_of(confusion: Tensor, classes: list[str]) -> tuple[float, dict[str, floa
 
 
 def absent_note(iou: dict[str, float | None]) -> str:
-    """' over 19 of 21 classes (absent: a, b)', where the val images have neither; else ''."""
+    """' over 19 of 21 classes (absent: a, b)': those in no val label or prediction; else ''."""
     absent = [name for name, value in iou.items() if value is None]
     note = f" over {len(iou) - len(absent)} of {len(iou)} classes (absent: {', '.join(absent)})"
     return note if absent else ""

@@ -223,7 +223,8 @@ def mkd_step(
     """The losses of a step, "loss" the total; updates the teachers and the statistics.
 
     `nets` has student1, student2, teacher1, teacher2; `stats` is of the first G of them (--fa).
-    `model` is Students of the first two, in DDP if there are ranks.
+    `model` is Students of the first two, in DDP if there are ranks. `batch` is of
+    data.train_batches; `ramp`, in [0, 1], weights the unsupervised terms.
     """
     # Views (steps 2, 4): x labelled; u weak; u_mix = M * u1 + (1 - M) * u1[pi]
     x = data.normalize(batch["x"])

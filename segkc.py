@@ -160,7 +160,8 @@ def segkc_step(
 ) -> dict[str, Tensor]:
     """The losses of a step, "loss" the total.
 
-    `nets` has junior and senior; `model` is the Pair of them, in DDP if there are ranks.
+    `nets` has junior and senior; `model` is the Pair of them, in DDP if there are ranks. `batch` is
+    of data.train_batches; `ramp`, in [0, 1], weights the unsupervised terms.
     """
     # Views (step 1): x labelled; u weak; u_mix = CutMix(u1)
     x = data.normalize(batch["x"])
