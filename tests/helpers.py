@@ -178,6 +178,8 @@ def assert_same_update(begin: dict, mine: dict, theirs: dict, most: float = 0.15
             part = "statistics" if "running_" in name else name.split(".")[0]
             moved[part] += (mine[name] - was).double().square().sum().item()
             apart[part] += (theirs[name] - mine[name]).double().square().sum().item()
+    assert moved.total() > 0, "nothing was learnt"
+    assert (apart.total() / moved.total()) ** 0.5 < 1e-2, (apart, moved)
     for part, value in moved.items():  # <=: MKD's teachers stay where they are in one step
         assert apart[part] ** 0.5 <= most * value**0.5, (part, apart[part], value)
 

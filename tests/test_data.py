@@ -556,8 +556,7 @@ def test_what_reaches_the_device(folder):
     assert (batch["y"][~batch["x_valid"]] == 255).all()
     assert raw["cutmix"].any()
     for view, masks in enumerate(batch["cutmix"]):
-        boxes = boxes_of(args, raw, view)
-        for mask, (top, left, bottom, right) in zip(masks, boxes, strict=True):
+        for mask, (top, left, bottom, right) in zip(masks, boxes_of(args, raw, view), strict=True):
             inside = torch.zeros(32, 32, dtype=torch.bool)
             inside[top:bottom, left:right] = True
             assert torch.equal(mask, inside)

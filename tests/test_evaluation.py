@@ -87,8 +87,7 @@ def windows_by_loops(net: nn.Module, x: Tensor, crop: int) -> np.ndarray:
 @torch.no_grad()
 def test_evaluate(mode, crop, source, net):
     """Guards: images left out or counted twice, padding counted, rows and columns swapped,
-    windows cut short or written over, a size that is not congruent to the crop.
-    """
+    windows cut short or written over, a size that is not congruent to the crop."""
     matrix = common.evaluate({"net": net}, source, options(mode, crop), CPU)["net"]
     assert net.training
     net.eval()

@@ -284,8 +284,8 @@ def test_torchrun_restarts(root, tmp_path, on_two):
     (tmp_path / "out").mkdir()
     torch.save(on_two("mkd", "")[1]["latest"], tmp_path / "out/latest.pt")
     argv = ["mkd", *procs.flags("mkd", root, tmp_path / "out", "--overwrite")]
-    lives = "1:0:raise,1:3:kill,1:3:raise"
-    p = procs.torchrun(argv, "--nproc_per_node=2 --max-restarts=3", DIE=lives)
+    flags = "--nproc_per_node=2 --max-restarts=3"
+    p = procs.torchrun(argv, flags, DIE="1:0:raise,1:3:kill,1:3:raise")
     text = procs.output(p, 150)
     assert p.returncode == 0, text
     assert [int(n) for n in re.findall(r"going on from step (\d+)", text)] == [2, 4]
